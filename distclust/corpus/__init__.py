@@ -1,0 +1,1 @@
+"""Documents -> sharded Arrow on disk -> batches."""

@@ -1,0 +1,1 @@
+"""The mathematics of mixtures; imports torch and nothing else of ours."""

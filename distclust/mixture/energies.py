@@ -1,0 +1,219 @@
+"""Energies E_k(x) (B, K): how badly cluster k explains row x; smaller is better.
+
+A dissimilarity is a pair of functions of codes and parameters, `pairwise` (B, K) and `rowwise` (B,), of one formula, so
+that MIX can put the convex combination of the parameters into the same formula.
+Source of the list: DMAE (Lara & Gonzalez, arXiv 2006.08177), section 3 and its code; the Bregman forms are Banerjee et al. 2005.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+EPS = 1e-12
+"""Added under a square root: its gradient at a centroid is then finite."""
+POSITIVE = 1e-6
+"""The smallest value that a divergence on positive vectors sees."""
+
+Formula = Callable[[Tensor, Tensor, "DissimilarityOptions"], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DissimilarityOptions:
+    """What some formulas need beside codes and centroids."""
+
+    p: float = 3.0
+    """Minkowski's exponent, at least 1."""
+    interval: float = 2.0
+    """The length of the torus in each direction (2 for codes in [-1, 1])."""
+    normaliser: str = "softmax_abs"
+    """How Kullback-Leibler puts codes and centroids on the simplex: a key of NORMALISERS."""
+
+    def __post_init__(self) -> None:
+        if self.p < 1:
+            raise ValueError(f"dissimilarity p is {self.p}; Minkowski needs p >= 1; use manhattan for p = 1")
+        if self.normaliser not in NORMALISERS:
+            raise ValueError(f"normaliser is {self.normaliser!r}; expected one of {', '.join(NORMALISERS)}")
+
+
+def _simplex(v: Tensor) -> Tensor:
+    v = v + 1e-3  # DMAE's own guard against empty rows
+    return v / v.sum(-1, keepdim=True)
+
+
+NORMALISERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax_abs": lambda v: torch.softmax(v.abs(), -1),
+    "softmax_relu": lambda v: torch.softmax(torch.relu(v), -1),
+    "square": lambda v: _simplex(v.square()),
+    "abs": lambda v: _simplex(v.abs()),
+    "relu": lambda v: _simplex(torch.relu(v)),
+    "plain": lambda v: _simplex(v),
+}
+
+
+# Every formula takes codes x and parameters y that broadcast against each other, (..., J), and sums over J.
+
+
+def _squared_euclidean(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
+    return (x - y).square().sum(-1)
+
+
+def _euclidean(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
+    return ((x - y).square().sum(-1) + EPS).sqrt()
+
+
+def _manhattan(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
+    return (x - y).abs().sum(-1)
+
+
+def _minkowski(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
+    return ((x - y).abs().pow(o.p).sum(-1) + EPS).pow(1.0 / o.p)
+
+
+def _chebyshev(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
+    return (x - y).abs().amax(-1)
+
+
+def _cosine(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
+    norms = ((x.square().sum(-1) + EPS) * (y.square().sum(-1) + EPS)).sqrt()
+    return 1.0 - (x * y).sum(-1) / norms
+
+
+def _dot_product(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
+    return -(x * y).sum(-1)
+
+
+def _toroidal(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
+    # the squared distance is separable, so the best of {0, +I, -I}^J is the best shift of each direction
+    d = x - y
+    shifts = torch.stack((d, d + o.interval, d - o.interval)).square()
+    return shifts.amin(0).sum(-1)
+
+
+def _kullback_leibler(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
+    norm = NORMALISERS[o.normaliser]
+    p, q = norm(x).clamp_min(POSITIVE), norm(y).clamp_min(POSITIVE)
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def _itakura_saito(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
+    ratio = x.clamp_min(POSITIVE) / y.clamp_min(POSITIVE)
+    return (ratio - ratio.log() - 1.0).sum(-1)
+
+
+def _i_divergence(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
+    x, y = x.clamp_min(POSITIVE), y.clamp_min(POSITIVE)
+    return (x * (x / y).log() - x + y).sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Dissimilarity:
+    """One formula, and what is known of it."""
+
+    formula: Formula
+    starts_from: str
+    """How its centroids start: 'kmeans', 'kmeans_covariance' or 'init_plus_plus' (DMAE's recipe)."""
+    loss_has_prior: bool = True
+    """Whether MIX subtracts log pi~/alpha; DMAE's KL loss omits it."""
+
+
+DISSIMILARITIES: dict[str, Dissimilarity] = {
+    "euclidean": Dissimilarity(_euclidean, "kmeans"),
+    "squared_euclidean": Dissimilarity(_squared_euclidean, "kmeans"),
+    "manhattan": Dissimilarity(_manhattan, "init_plus_plus"),
+    "minkowski": Dissimilarity(_minkowski, "init_plus_plus"),
+    "chebyshev": Dissimilarity(_chebyshev, "init_plus_plus"),
+    "cosine": Dissimilarity(_cosine, "init_plus_plus"),
+    "dot_product": Dissimilarity(_dot_product, "init_plus_plus"),
+    "mahalanobis": Dissimilarity(_squared_euclidean, "kmeans_covariance"),
+    "toroidal": Dissimilarity(_toroidal, "init_plus_plus"),
+    "kullback_leibler": Dissimilarity(_kullback_leibler, "init_plus_plus", loss_has_prior=False),
+    "itakura_saito": Dissimilarity(_itakura_saito, "init_plus_plus"),
+    "i_divergence": Dissimilarity(_i_divergence, "init_plus_plus"),
+}
+
+
+class CentroidEnergy(nn.Module):
+    """E_k = d(z, theta_k) for any dissimilarity of the table; parameters can be mixed."""
+
+    def __init__(
+        self, n_clusters: int, code_size: int, dissimilarity: str, options: DissimilarityOptions, log_det: float = 0.0
+    ):
+        super().__init__()
+        self.centroids = nn.Parameter(torch.empty(n_clusters, code_size).uniform_(-1, 1))
+        self.dissimilarity = DISSIMILARITIES[dissimilarity]
+        self._options = options
+        self._log_det = log_det
+        self.factors: nn.Parameter | None = None
+        if dissimilarity == "mahalanobis":
+            # the factor L of each precision P = L L'
+            self.factors = nn.Parameter(torch.eye(code_size).repeat(n_clusters, 1, 1))
+
+    def pairwise(self, codes: Tensor) -> Tensor:
+        """d(z, theta_k) (B, K); for Mahalanobis, less `log_det * 0.5 log det P_k`."""
+        if self.factors is None:
+            return self.dissimilarity.formula(codes[:, None, :], self.centroids, self._options)
+        diff = codes[:, None, :] - self.centroids  # (B, K, J)
+        d = torch.einsum("bkj,kji->bki", diff, self.factors).square().sum(-1)  # (B, K)
+        if self._log_det:
+            d = d - self._log_det * torch.linalg.slogdet(self.factors).logabsdet
+        return d
+
+    def mix(self, p: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The convex combination of the parameters: theta~ (B, J), and P~ (B, J, J) for Mahalanobis (DMAE Eq 11, 16)."""
+        theta = p @ self.centroids
+        if self.factors is None:
+            return theta, None
+        precision = self.factors @ self.factors.transpose(1, 2)  # (K, J, J)
+        return theta, torch.einsum("bk,kij->bij", p, precision)
+
+    def rowwise(self, codes: Tensor, theta: tuple[Tensor, Tensor | None]) -> Tensor:
+        """d(z, theta~) (B,)."""
+        centre, precision = theta
+        if precision is None:
+            return self.dissimilarity.formula(codes, centre, self._options)
+        diff = codes - centre  # (B, J)
+        d = torch.einsum("bi,bij,bj->b", diff, precision, diff)
+        if self._log_det:
+            d = d - self._log_det * 0.5 * torch.linalg.slogdet(precision).logabsdet
+        return d
+
+
+class StudentEnergy(CentroidEnergy):
+    """The heavy tail of DEC: E_k = ((a + 1) / 2) log(1 + ||z - mu_k||^2 / a), so that a tied gate is DEC's q."""
+
+    def __init__(self, n_clusters: int, code_size: int, degrees: float = 1.0):
+        super().__init__(n_clusters, code_size, "squared_euclidean", DissimilarityOptions())
+        self._a = degrees
+
+    def pairwise(self, codes: Tensor) -> Tensor:
+        return (self._a + 1) / 2 * torch.log1p(super().pairwise(codes) / self._a)
+
+
+def init_plus_plus(codes: Tensor, k: int, pairwise: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    """DMAE's starting points (K, J) for an arbitrary dissimilarity: a max-min exchange over random candidates.
+
+    Start from K random codes. A hundred times, draw a candidate: when its smallest dissimilarity to the set exceeds the
+    smallest one within the set, it replaces the nearer member of that closest pair; else, when its second-smallest
+    exceeds the smallest of its nearest member, it replaces that member. `pairwise(a, b)` gives (len(a), len(b)).
+    """
+    n = codes.shape[0]
+    chosen = codes[torch.randperm(n, generator=generator)[:k].to(codes.device)].clone()
+    if k < 2:
+        return chosen
+    for _ in range(100):
+        candidate = codes[torch.randint(n, (1,), generator=generator).to(codes.device)]
+        to_set = pairwise(candidate, chosen)[0]  # (K,)
+        within = pairwise(chosen, chosen)  # (K, K)
+        within.fill_diagonal_(float("inf"))
+        closest = int(within.argmin())
+        pair = (closest // k, closest % k)
+        near = int(to_set.argmin())
+        if to_set.min() > within.min():
+            chosen[pair[0] if to_set[pair[0]] < to_set[pair[1]] else pair[1]] = candidate[0]
+        elif to_set.kthvalue(2).values > within[near].min():
+            chosen[near] = candidate[0]
+    return chosen

@@ -1,0 +1,1 @@
+"""Metrics, assignments, reports and the served model."""

@@ -1,0 +1,1 @@
+"""The loop, its checkpoints, its cluster and its tracking."""

@@ -1,0 +1,1 @@
+"""Thin entry points that one submits to a cluster."""
