@@ -145,7 +145,7 @@ class CentroidEnergy(nn.Module):
         super().__init__()
         self.centroids = nn.Parameter(torch.empty(n_clusters, code_size).uniform_(-1, 1))
         self.dissimilarity = DISSIMILARITIES[dissimilarity]
-        self._options = options
+        self.options = options
         self._log_det = log_det
         self.factors: nn.Parameter | None = None
         if dissimilarity == "mahalanobis":
@@ -155,7 +155,7 @@ class CentroidEnergy(nn.Module):
     def pairwise(self, codes: Tensor) -> Tensor:
         """d(z, theta_k) (B, K); for Mahalanobis, less `log_det * 0.5 log det P_k`."""
         if self.factors is None:
-            return self.dissimilarity.formula(codes[:, None, :], self.centroids, self._options)
+            return self.dissimilarity.formula(codes[:, None, :], self.centroids, self.options)
         diff = codes[:, None, :] - self.centroids  # (B, K, J)
         d = torch.einsum("bkj,kji->bki", diff, self.factors).square().sum(-1)  # (B, K)
         if self._log_det:
@@ -174,7 +174,7 @@ class CentroidEnergy(nn.Module):
         """d(z, theta~) (B,)."""
         centre, precision = theta
         if precision is None:
-            return self.dissimilarity.formula(codes, centre, self._options)
+            return self.dissimilarity.formula(codes, centre, self.options)
         diff = codes - centre  # (B, J)
         d = torch.einsum("bi,bij,bj->b", diff, precision, diff)
         if self._log_det:

@@ -1,0 +1,436 @@
+"""One worker's loop, from top to bottom.
+
+It knows torch, the stream, k-means and checkpoints; neither Ray nor MLflow. The same loop runs alone in one process, or in each
+worker of a process group: a worker computes the lanes it owns, and everything that all workers must agree on goes through
+`World`. Position is (phase, epoch, step), so a run can be resumed in the middle of an epoch, on any number of workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distclust.config import RunConfig
+from distclust.corpus.order import Order, lanes_of_worker
+from distclust.corpus.shards import Corpus
+from distclust.corpus.stream import Batch, Stream
+from distclust.errors import CheckpointError, NonFiniteError
+from distclust.mixture.methods import Phase
+from distclust.mixture.model import MixtureModel, diagnostics
+from distclust.mixture.noise import Noise
+from distclust.mixture.sparse import Rows, SparseRows
+from distclust.mixture.statistics import STATISTICS, Statistic
+from distclust.mixture.terms import Scene, Stats
+from distclust.training.checkpoint import CheckpointStore, differences
+from distclust.training.initialise import initialise_clusters
+from distclust.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
+from distclust.training.world import World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a run stands: the next step to compute."""
+
+    phase: int = 0
+    epoch: int = 0
+    """Within the phase."""
+    step: int = 0
+    """Within the epoch."""
+    global_step: int = 0
+
+
+class Hooks(Protocol):
+    """What a run tells the world outside; only rank 0 logs."""
+
+    def log(self, position: Position, phase: str, metrics: dict[str, float]) -> None: ...
+
+    def pending(self) -> list[list[Any]]:
+        """Metric points that nobody has acknowledged; they travel in the checkpoint."""
+        ...
+
+    def offer(self, points: list[list[Any]]) -> None:
+        """Points from a checkpoint, to be logged unless they already are."""
+        ...
+
+    def after_step(self, position: Position) -> None: ...
+
+    def saved(self, checkpoint: str, position: Position) -> None: ...
+
+
+class NoHooks:
+    """A run that tells nobody."""
+
+    def log(self, position: Position, phase: str, metrics: dict[str, float]) -> None:
+        log.info("step %d %s %s", position.global_step, phase, metrics)
+
+    def pending(self) -> list[list[Any]]:
+        return []
+
+    def offer(self, points: list[list[Any]]) -> None:
+        pass
+
+    def after_step(self, position: Position) -> None:
+        pass
+
+    def saved(self, checkpoint: str, position: Position) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a finished run leaves."""
+
+    checkpoint: str
+    phase_checkpoints: dict[str, str]
+    global_steps: int
+
+
+class StepLoss(nn.Module):
+    """The loss of a step as one module, for DDP to wrap.
+
+    `flag` is a parameter whose gradient says that a loss was not finite: so the news rides with the gradients' reduction.
+    """
+
+    def __init__(self, model: MixtureModel, world_size: int):
+        super().__init__()
+        self.model = model
+        self.world_size = world_size
+        self.flag = nn.Parameter(torch.zeros(()))
+
+    def forward(
+        self, x: Rows, noise: Noise, phase: Phase, totals: Stats, rows_in_step: int
+    ) -> tuple[Tensor, Stats]:
+        """The local sum of the terms x world / rows in the step, and sums for the log."""
+        scene = self.model.scene(x, phase, totals, noise)
+        values = self.model.term_values(scene, phase)
+        sums = {name: value.sum() for name, value in values.items()}
+        loss = torch.stack([weight * sums[name] for name, weight in phase.terms]).sum()
+        scaled = loss * (self.world_size / rows_in_step)
+        not_finite = (~torch.isfinite(scaled.detach())).to(scaled.dtype)
+        seen: Stats = {f"term/{name}": value.detach() for name, value in sums.items()}
+        seen |= diagnostics(scene, self.model.n_clusters)
+        return scaled + self.flag * not_finite, seen
+
+
+def describe_row(corpus: Corpus, row: int) -> str:
+    """A global row number as shard file and document id, for messages."""
+    shards, places = corpus.locate(np.array([row]))
+    shard, place = int(shards[0]), int(places[0])
+    return f"{corpus.manifest.shards[shard].file} row {place} (document {corpus.shard(shard).ids()[place]!r})"
+
+
+class Trainer:
+    """A run on one worker.
+
+    Args:
+        config: the resolved configuration.
+        corpus: the prepared rows.
+        store: where checkpoints are.
+        world: this worker's place.
+        hooks: who is told.
+    """
+
+    # what is trained
+    model: MixtureModel
+    optimizer: torch.optim.Optimizer
+    # what is resumed, beside those two
+    position: Position
+    totals: Stats  # statistics of the epoch
+    phase_checkpoints: dict[str, str]
+    # what is measured since the last line of the log
+    sums: Stats
+    # the non-finite flag: on the device, sticky, and its copy of one step ago
+    bad: Tensor
+
+    def __init__(
+        self, config: RunConfig, corpus: Corpus, store: CheckpointStore, world: World, hooks: Hooks | None = None
+    ):
+        self.config, self.corpus, self.store, self.world = config, corpus, store, world
+        self.hooks: Hooks = hooks or NoHooks()
+        self.phases = config.phases
+        self.order = Order(corpus.shard_rows, config.order, config.seed)
+        lanes = lanes_of_worker(world.rank, world.size, config.order.lanes)
+        self.stream = Stream(corpus, self.order, list(lanes), device=world.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = MixtureModel(config.row, config.model, corpus.n_features, config.clusters)
+        self.model.to(world.device)
+        self.identity = config.identity() | {
+            "corpus": corpus.manifest.fingerprint,
+            "vocabulary": corpus.manifest.vocabulary_fingerprint or "",
+        }
+        self.position, self.totals, self.phase_checkpoints = Position(), {}, {}
+        self.sums = {}
+        self.bad = torch.zeros((), device=world.device)
+        self._bad_before: tuple[Tensor, Batch, Position] | None = None
+        self._timer = time.perf_counter()
+
+    # ---- top to bottom
+
+    def run(self) -> Outcome:
+        """Train from wherever the newest checkpoint stands to the end."""
+        optimizer_state = self.restore()
+        for index in range(self.position.phase, len(self.phases)):
+            phase = self.phases[index]
+            if self.position == replace(self.position, epoch=0, step=0):
+                self.begin(phase)
+            if phase.epochs:
+                loss = self.wrap(phase, optimizer_state)
+                for epoch in range(self.position.epoch, phase.epochs):
+                    self.train_epoch(phase, epoch, loss)
+                self.check_finite()
+            optimizer_state = {}
+            self.position = Position(index + 1, 0, 0, self.position.global_step)
+            self.totals = {}
+            self.save(f"after-{phase.name}", phase)
+        return Outcome(self._last_checkpoint, dict(self.phase_checkpoints), self.position.global_step)
+
+    def train_epoch(self, phase: Phase, epoch: int, loss: nn.Module) -> None:
+        """The rest of an epoch, from the position on."""
+        if self.position.step == 0:
+            for statistic in self._statistics(phase.statistics, "epoch"):
+                self.sweep(statistic)
+        passes_before = sum(p.epochs for p in self.phases[: self.position.phase])
+        for batch in self.stream.epoch(passes_before + epoch, self.position.step):
+            self.step(phase, batch, loss)
+            last = batch.step + 1 == self.order.steps_per_epoch
+            self.position = Position(
+                self.position.phase,
+                epoch + 1 if last else epoch,
+                0 if last else batch.step + 1,
+                self.position.global_step + 1,
+            )
+            end = last and epoch + 1 == phase.epochs
+            due = self.position.global_step % self.config.checkpoint.every_steps == 0 and not end
+            if due or end or self.position.global_step % self.config.tracking.log_every == 0:
+                self.write_log(phase)
+            if due:
+                self.check_finite()
+                self.save("step", phase)
+            self.hooks.after_step(self.position)
+
+    def step(self, phase: Phase, batch: Batch, loss: nn.Module) -> None:
+        """One update. Nothing here waits for the device."""
+        x = self.rows(batch)
+        noise = self.noise(batch, self.position.global_step)
+        for statistic in self._statistics(phase.statistics, "before_step"):
+            self._collect(statistic, x, phase)
+        self.optimizer.zero_grad(set_to_none=True)
+        value, seen = loss(x, noise, phase, self.totals, batch.rows_in_step)
+        value.backward()
+        self._mask_update(loss)
+        self.optimizer.step()
+        for statistic in self._statistics(phase.statistics, "after_step"):
+            self._collect(statistic, x, phase)
+        seen["rows"] = torch.tensor(float(batch.rows.shape[0]))
+        for key, total in seen.items():
+            self.sums[key] = self.sums[key] + total.double() if key in self.sums else total.double()
+        self._read_flag_late(batch, phase)
+
+    # ---- the pieces of a phase
+
+    def begin(self, phase: Phase) -> None:
+        """Whatever happens once as a phase begins: k-means, and statistics over the whole data."""
+        for name in phase.begin:
+            if name == "initialise_clusters":
+                initialise_clusters(self.model, self.stream, self.corpus.n_rows, self.config, self.world)
+            else:
+                self.sweep(STATISTICS[name])
+
+    def wrap(self, phase: Phase, optimizer_state: dict[str, Tensor]) -> nn.Module:
+        """Only what the phase trains gets gradients, one optimiser and, with several workers, one DDP."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] in phase.trains)
+        loss = StepLoss(self.model, self.world.size).to(self.world.device)
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = build_optimizer(phase.optimizer, trained)
+        restore_optimizer(self.optimizer, trained, optimizer_state)
+        self._trained = trained
+        self.bad.zero_()
+        self._bad_before = None
+        if self.world.size == 1:
+            return loss
+        # without find_unused_parameters the buckets are rebuilt after the first step, and a resumed run differs in the
+        # last bits for three workers and more
+        return DistributedDataParallel(loss, find_unused_parameters=True, broadcast_buffers=False)
+
+    def sweep(self, statistic: Statistic) -> None:
+        """A statistic over the whole data: sums over own lanes, then over workers."""
+        sums: Stats = {}
+        with torch.no_grad():
+            for batch in self.stream.scan():
+                x = self.rows(batch)
+                scene = Scene(self.model, x, self.model.view(x, statistic.needs), self.totals)
+                for key, value in statistic.collect(scene).items():
+                    sums[key] = sums[key] + value if key in sums else value
+            self._apply(statistic, sums)
+
+    def _collect(self, statistic: Statistic, x: Rows, phase: Phase) -> None:
+        """A statistic over the rows of one step."""
+        with torch.no_grad():
+            scene = Scene(self.model, x, self.model.view(x, statistic.needs), self.totals)
+            self._apply(statistic, statistic.collect(scene))
+
+    def _apply(self, statistic: Statistic, sums: Stats) -> None:
+        totals = self.world.sum(sums)
+        statistic.apply(self.model, totals)
+        if statistic.when != "begin":
+            self.totals |= totals
+
+    @staticmethod
+    def _statistics(names: Sequence[str], when: str) -> Iterator[Statistic]:
+        return (STATISTICS[name] for name in names if STATISTICS[name].when == when)
+
+    def rows(self, batch: Batch) -> Rows:
+        """The batch as the mixture takes it."""
+        if batch.offsets is None:
+            return batch.values
+        assert batch.indices is not None
+        return SparseRows(batch.offsets, batch.indices, batch.values, self.corpus.n_features)
+
+    def noise(self, batch: Batch, global_step: int) -> Noise:
+        return Noise(self.config.seed, global_step, batch.lanes, batch.lane_rows, self.world.device)
+
+    # ---- non-finite values: masked at once on all workers, read one step late
+
+    def _mask_update(self, loss: nn.Module) -> None:
+        """Set the optimiser's `found_inf`, which skips the update on the device, here and in every later step."""
+        grads = [p.grad for p in self._trained.values() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(grads))
+        flag = (loss.module if isinstance(loss, DistributedDataParallel) else loss).flag  # type: ignore[union-attr]
+        bad = ~torch.isfinite(norms).all() | (flag.grad != 0)
+        self.bad = torch.maximum(self.bad, bad.to(self.bad.dtype))
+        self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
+
+    def _read_flag_late(self, batch: Batch, phase: Phase) -> None:
+        before = self._bad_before
+        copy = self.bad.to("cpu", non_blocking=True) if self.bad.is_cuda else self.bad.clone()
+        self._bad_before = (copy, batch, self.position)
+        if before is not None and bool(before[0]):
+            self._explain(before[1], before[2], phase)
+
+    def check_finite(self) -> None:
+        """Wait for the flag of the last step: before a checkpoint and at the end of a phase."""
+        if self._bad_before is not None:
+            _, batch, position = self._bad_before
+            if bool(self.bad):
+                self._explain(batch, position, self.phases[position.phase])
+
+    def _explain(self, batch: Batch, position: Position, phase: Phase) -> None:
+        """Replay the offending step, which the order makes exact, lane by lane; name term, shard and rows."""
+        finding = ""
+        start = 0
+        for lane, count in zip(batch.lanes, batch.lane_rows, strict=True):
+            numbers = batch.rows[start : start + count].cpu().numpy()
+            start += count
+            if finding or not count:
+                continue
+            part = self.stream.gather(numbers)
+            noise = Noise(self.config.seed, position.global_step, [lane], [count], self.world.device)
+            with torch.no_grad():
+                scene = self.model.scene(self.rows(part), phase, self.totals, noise)
+                values = self.model.term_values(scene, phase)
+            for name, value in values.items():
+                wrong = (~torch.isfinite(value)).nonzero().flatten().cpu().numpy()
+                if wrong.size:
+                    places = ", ".join(describe_row(self.corpus, int(numbers[i])) for i in wrong[:3])
+                    finding = f"term {name!r} of {wrong.size} rows in lane {lane}, the first: {places}"
+                    break
+        if not finding:
+            names = [n for n, p in self._trained.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+            finding = f"gradient of {', '.join(names[:5]) or 'another worker'}"
+        everywhere = [text for text in self.world.gather_texts(finding) if "another worker" not in text]
+        terms = [text for text in everywhere if text.startswith("term")] or everywhere
+        raise NonFiniteError(
+            f"a value that is not finite at step {position.global_step} (phase {phase.name}, epoch {position.epoch}, "
+            f"step {position.step} of the epoch): {terms[0] if terms else 'not found again'}. The update was not made; "
+            "the last checkpoint is finite. Lower the learning rate of this phase, or look at these documents"
+        )
+
+    # ---- the log
+
+    def write_log(self, phase: Phase) -> None:
+        """One line of metrics: means over the rows since the last one, over all workers."""
+        now = time.perf_counter()
+        seconds = max(now - self._timer, 1e-9)
+        self._timer = now
+        waited = torch.tensor(self.stream.waited_s / seconds)
+        self.stream.waited_s = 0.0
+        sums = self.world.sum({k: v.to(self.world.device) for k, v in self.sums.items()} | {"waited": waited.to(self.world.device)})
+        self.sums = {}
+        if not self.world.is_first:
+            return
+        rows = max(float(sums["rows"]), 1.0)
+        metrics = {key: float(sums[key]) / rows for key in sums if key.startswith("term/")}
+        metrics["loss"] = sum(weight * metrics[f"term/{name}"] for name, weight in phase.terms)
+        if "kl_w_p" in sums:
+            metrics["kl_w_p"] = float(sums["kl_w_p"]) / rows
+        if "usage" in sums:
+            shares = (sums["usage"] / rows).tolist()
+            metrics["usage/largest"] = max(shares)
+            metrics["usage/used"] = float(sum(share > 0 for share in shares))
+        metrics["tau"] = float(self.model.tau)
+        metrics["docs_per_second"] = rows / seconds
+        metrics["waiting_share"] = float(sums["waited"]) / self.world.size
+        metrics["epoch"] = self.position.epoch
+        metrics["phase"] = self.position.phase
+        self.hooks.log(self.position, phase.name, metrics)
+
+    # ---- checkpoints
+
+    def save(self, label: str, phase: Phase) -> None:
+        """Write the state; rank 0 writes, all wait. `after-<phase>` checkpoints are kept for good."""
+        p = self.position
+        name = f"{p.global_step:010d}-{p.phase:02d}-{label}"
+        if label.startswith("after-"):
+            self.phase_checkpoints[phase.name] = name
+        groups: dict[str, dict[str, Tensor]] = {"model": dict(self.model.state_dict())}
+        if label == "step":
+            groups["optimizer"] = optimizer_tensors(self.optimizer, self._trained)
+            groups["totals"] = self.totals
+        state = {
+            "position": asdict(p),
+            "identity": self.identity,
+            "phase_checkpoints": self.phase_checkpoints,
+            "workers": self.world.size,
+            "pending_metrics": self.hooks.pending() if self.world.is_first else [],
+        }
+
+        def write() -> str:
+            path = self.store.save(name, groups, state)
+            self.store.prune(self.config.checkpoint.keep, set(self.phase_checkpoints.values()))
+            return path
+
+        self._last_checkpoint = self.world.on_first(write)
+        self.hooks.saved(self._last_checkpoint, p)
+
+    def restore(self) -> dict[str, Tensor]:
+        """Take up the newest checkpoint, if there is one; returns the optimiser's tensors."""
+        path = self._last_checkpoint = self.world.on_first(lambda: self.store.latest() or "")
+        if not path:
+            return {}
+        groups, state = self.store.load(path)
+        unlike = differences(state["identity"], self.identity)
+        if unlike:
+            raise CheckpointError(
+                f"checkpoint {path} belongs to another run: {'; '.join(unlike)}. "
+                "Give the same configuration and data, or another run folder"
+            )
+        self.model.load_state_dict(groups["model"])
+        self.totals = {k: v.to(self.world.device) for k, v in groups.get("totals", {}).items()}
+        self.position = Position(**state["position"])
+        self.phase_checkpoints = dict(state["phase_checkpoints"])
+        if self.world.is_first:
+            log.info("resuming from %s (saved by %d workers)", path, state["workers"])
+            self.hooks.offer(state["pending_metrics"])
+        return groups.get("optimizer", {})

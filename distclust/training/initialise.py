@@ -1,0 +1,115 @@
+"""Cluster parameters from k-means on an evenly drawn sample of codes."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distclust.config import RunConfig
+from distclust.corpus.stream import Batch, Stream
+from distclust.mixture.energies import DISSIMILARITIES, CentroidEnergy, init_plus_plus
+from distclust.mixture.model import MixtureModel
+from distclust.mixture.sparse import Rows, SparseRows
+from distclust.training.kmeans import assign_to_centroids, fit_kmeans
+from distclust.training.world import World
+
+log = logging.getLogger(__name__)
+BLOCK = 512
+
+
+def initialise_clusters(model: MixtureModel, stream: Stream, n_rows: int, config: RunConfig, world: World) -> None:
+    """Set the pseudo-labels' centroids and, for a mixture over codes, the parameters of its energies.
+
+    Every worker encodes its share of an evenly drawn sample, rank 0 fits, everybody gets the result.
+
+    Raises:
+        DataError: when there are fewer distinct codes than clusters.
+    """
+    codes = world.gather_rows(_sample_codes(model, stream, n_rows, config, world))
+    k, j = config.clusters, model.settings.code_size
+    centroids = torch.zeros(k, j, device=world.device)
+    factors = torch.zeros(k, j, j, device=world.device)
+    starts = torch.zeros(k, j, device=world.device)
+    kind = DISSIMILARITIES[model.settings.dissimilarity].starts_from
+
+    def fit() -> str:
+        sample = codes.cpu().numpy()
+        result = fit_kmeans(
+            sample,
+            k,
+            seed=config.seed,
+            restarts=config.initialise.restarts,
+            iterations=config.initialise.iterations,
+            gpu=world.device.type == "cuda",
+        )
+        centroids.copy_(torch.from_numpy(result.centroids))
+        starts.copy_(centroids)
+        if model.energy is not None and kind == "init_plus_plus":
+            starts.copy_(_max_min_start(model.energy, codes, k, config.seed))
+        if model.energy is not None and kind == "kmeans_covariance":
+            factors.copy_(precision_factors(sample, result.centroids))
+        log.info(
+            "k-means: %d codes of %d rows, objective %.6g, %d empty clusters repaired, %s",
+            result.n_sample,
+            n_rows,
+            result.objective,
+            result.n_repaired,
+            result.backend,
+        )
+        return ""
+
+    world.on_first(fit)
+    model.pseudo_centroids.copy_(world.broadcast(centroids))
+    if model.energy is not None:
+        model.energy.centroids.data.copy_(world.broadcast(starts))
+        if model.energy.factors is not None:
+            model.energy.factors.data.copy_(world.broadcast(factors))
+
+
+@torch.no_grad()
+def _sample_codes(model: MixtureModel, stream: Stream, n_rows: int, config: RunConfig, world: World) -> Tensor:
+    """This worker's share (n, J) of the sample, in row order; fixed blocks, so a code does not depend on its neighbours."""
+    size = min(config.initialise.sample, n_rows)
+    chosen = np.unique(np.linspace(0, n_rows - 1, size).astype(np.int64))
+    mine = np.array_split(chosen, world.size)[world.rank]
+    blocks = [mine[i : i + BLOCK] for i in range(0, len(mine), BLOCK)]
+    codes = [model.codes(_padded(stream.gather(block), model.n_features, BLOCK))[: len(block)] for block in blocks]
+    return torch.cat(codes) if codes else torch.zeros(0, model.settings.code_size, device=world.device)
+
+
+def _padded(batch: Batch, n_features: int, n_rows: int) -> Rows:
+    """The batch with empty rows up to `n_rows`."""
+    missing = n_rows - batch.rows.shape[0]
+    if batch.offsets is None:
+        return torch.cat((batch.values, batch.values.new_zeros(missing, n_features)))
+    assert batch.indices is not None
+    offsets = torch.cat((batch.offsets, batch.offsets[-1:].expand(missing)))
+    return SparseRows(offsets, batch.indices, batch.values, n_features)
+
+
+def _max_min_start(energy: CentroidEnergy, codes: Tensor, k: int, seed: int) -> Tensor:
+    def pairwise(a: Tensor, b: Tensor) -> Tensor:
+        return energy.dissimilarity.formula(a[:, None, :], b, energy.options)
+
+    return init_plus_plus(codes, k, pairwise, torch.Generator().manual_seed(seed))
+
+
+def precision_factors(codes: np.ndarray, centroids: np.ndarray) -> Tensor:
+    """The factor L (K, J, J) of each cluster's precision, `L L' = inv(cov)`, from the codes of its k-means cluster (DMAE).
+
+    A cluster with few rows has a singular covariance: each is shrunk towards the pooled one by J rows' worth.
+    """
+    labels, _ = assign_to_centroids(codes, centroids)
+    k, j = centroids.shape
+    centred = codes.astype(np.float64) - centroids[labels]
+    pooled = centred.T @ centred / len(codes)
+    pooled += np.eye(j) * (1e-6 + 1e-3 * np.trace(pooled) / j)
+    factors = np.empty((k, j, j))
+    for c in range(k):
+        own = centred[labels == c]
+        covariance = (own.T @ own + j * pooled) / (len(own) + j)
+        factors[c] = np.linalg.cholesky(np.linalg.inv(covariance))
+    return torch.from_numpy(factors).float()
