@@ -25,6 +25,12 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
+def join(root: str | os.PathLike[str], name: str) -> str:
+    """The path or URL of ``name`` in ``root``."""
+    text = os.fspath(root)
+    return f"{text.rstrip('/')}/{name}" if is_url(text) else os.path.join(text, name)
+
+
 def _open_fs(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
@@ -104,6 +110,11 @@ class ShardCache:
                 self._fetch(f"{self.root}/{file}", path, size, sha256)
                 self.fetched.append(file)
         return path
+
+    def discard(self, file: str) -> None:
+        """Forget a copy that proved damaged."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.folder, file))
 
     def _fetch(self, url: str, path: str, size: int, sha256: str) -> None:
         fs, remote = _open_fs(url)
