@@ -1,0 +1,584 @@
+"""MLflow behind a queue that never stops training.
+
+`Tracker` is the driver's: one MLflow run for a training, made or taken up again by the id in the run folder.
+`MetricSink` is rank 0's: a queue and a thread (see metric_sink.py). A server that is slow or away costs the
+metrics' timeliness and nothing else; what it has not taken stays in a file that `replay` sends later.
+
+`mlflow` is imported inside functions: that takes seconds, and a worker that starts should not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from distclust.errors import TrackingError
+from distclust.training.metric_sink import MAX_BATCH, PointQueue, PointRefusedError, RunGoneError
+from distclust.training.provenance import code_version, dataset_record
+from distclust.training.reach import limits, reach, sqlite_file
+from distclust.training.spool import (
+    MAX_TAG,
+    MetricPoint,
+    Spool,
+    clean_key,
+    flatten,
+    point_of,
+    redact,
+    shorten,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+    from distclust.config import TrackingConfig
+
+__all__ = ["MetricPoint", "MetricSink", "Tracker", "code_version", "replay"]
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+IDENTITY_NAME = "mlflow.json"
+SPOOL_NAME = "metrics-unsent.jsonl"
+QUIET_S = 15.0  # after a failure, the driver's calls go straight to the spool for this long
+
+# Error codes of MLflow that say nothing about the request: the server, or the way to it, is in trouble.
+_AWAY_CODES = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
+_REFUSED_CODES = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
+
+
+class MetricSink(PointQueue):
+    """Rank 0's way to the run, wherever rank 0 runs; never raises, never blocks.
+
+    Args:
+        uri: the tracking server.
+        run_id: the MLflow run; None (the server was away at the start) keeps everything in the spool.
+        spool: the file for what cannot be sent, in the run folder.
+    """
+
+    def __init__(self, uri: str, run_id: str | None, spool: Path | str, **options: Any):
+        server = _RunServer(uri, run_id) if run_id else None
+        super().__init__(server, spool, {"run_id": run_id, "uri": redact(uri)}, **options)
+
+
+class Tracker:
+    """One MLflow run, seen from the driver.
+
+    After `open`, nothing here raises: what the server does not take goes to the spool, with a warning. As a
+    context manager it always ends the run: FINISHED, KILLED on KeyboardInterrupt and SystemExit, FAILED on
+    other errors.
+
+    Attributes:
+        run_id: the MLflow run's id; None while the server has never been reached.
+        uri: the tracking server.
+        spool: the file that holds what the server has not taken.
+    """
+
+    def __init__(self, uri: str, run_dir: Path, client: MlflowClient | None, run_id: str | None):
+        self.uri = uri
+        self.run_id = run_id
+        self.spool = run_dir / SPOOL_NAME
+        self._client = client
+        self._quiet_until = 0.0
+        self._ended = False
+
+    @classmethod
+    def open(cls, tracking: TrackingConfig, run_dir: Path, *, name: str) -> Tracker:
+        """Start the run of `run_dir`, or take it up again.
+
+        The run is the one of `run_dir/mlflow.json`, else that of the environment's MLFLOW_RUN_ID, else a new one.
+        What an earlier attempt left in the spool is sent first. The code's version is among the run's tags.
+
+        Raises:
+            TrackingError: the server does not answer and `on_unreachable` is "fail"; or it answers and the run
+                or the experiment cannot be used.
+        """
+        run_dir = run_dir.absolute()
+        uri = tracking_uri(tracking, run_dir)
+        try:
+            with limits(timeout_s=5, retries=0):
+                reach(uri)
+                client = _connect(uri)
+                run_id = _begin(client, uri, tracking.experiment, run_dir, name)
+                tracker = cls(uri, run_dir, client, run_id)
+                tracker._send_spool()
+                client.update_run(run_id, status="RUNNING")
+        except TrackingError:
+            raise
+        except Exception as error:
+            spool = Spool(run_dir / SPOOL_NAME)
+            reason = _unusable(uri, tracking, spool.path, error)
+            if reason is not None:
+                raise TrackingError(reason) from error
+            stored = _read_identity(run_dir).get("run_id")
+            header = {"run_id": stored, "uri": redact(uri), "experiment": tracking.experiment, "name": name}
+            spool.append([{"type": "run", **header, "start_ms": _now_ms()}])
+            logger.warning(
+                "%s does not answer; going on, and keeping everything in %s", redact(uri), spool.path
+            )
+            tracker = cls(uri, run_dir, None, stored)
+        version = code_version()
+        tracker.log_tags(
+            {"distclust.version": version["version"], "distclust.modified": version.get("modified", "false")}
+            | ({"mlflow.source.git.commit": version["commit"]} if "commit" in version else {})
+        )
+        return tracker
+
+    @property
+    def how_to_open(self) -> str:
+        """One line for the user: the command or the address that shows the run."""
+        if self.uri.startswith(("http://", "https://")):
+            experiment_id = _read_identity(self.spool.parent).get("experiment_id")
+            page = f"/#/experiments/{experiment_id}/runs/{self.run_id}" if self.run_id else ""
+            return redact(self.uri).rstrip("/") + page
+        return f"mlflow ui --backend-store-uri {redact(self.uri)}"
+
+    def log_params(self, config: Mapping[str, Any]) -> None:
+        """The configuration, nested or flat; what a resumed run changes becomes a tag `resumed.NAME`."""
+        self._log({"type": "params", "params": flatten(config)})
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Tags of the run; later ones replace earlier ones."""
+        self._log(
+            {
+                "type": "tags",
+                "tags": {clean_key(k): shorten(redact(str(v)), MAX_TAG) for k, v in tags.items()},
+            }
+        )
+
+    def log_dataset(self, manifest: Mapping[str, Any], path: str, *, fingerprint: str = "") -> None:
+        """The corpus as the run's input: its name, place, counts and fingerprint (the manifest's)."""
+        self._log(dataset_record(manifest, path, fingerprint))
+
+    def log_final(self, metrics: Mapping[str, float]) -> None:
+        """The run's closing figures. The same value again is not logged; another one gets the next step."""
+        values = {clean_key(k): v if math.isfinite(v) else str(v) for k, v in metrics.items()}
+        self._log({"type": "final", "metrics": values, "timestamp_ms": _now_ms()})
+
+    def log_artifacts(self, path: Path, artifact_path: str | None = None) -> None:
+        """A file or folder, under the run's artifact folder `artifact_path`."""
+        self._log({"type": "artifacts", "path": str(path.absolute()), "artifact_path": artifact_path})
+
+    def log_model(
+        self, folder: Path, *, name: str = "model", register_as: str | None = None, alias: str | None = None
+    ) -> str | None:
+        """The MLflow model in `folder` (results.served_model.save_served_model), with optional registration.
+
+        Returns:
+            The model's URI (`models:/...`), or None where it waits in the spool; the folder must then stay.
+        """
+        path = str(folder.absolute())
+        uri = self._log(
+            {"type": "model", "path": path, "name": name, "register_as": register_as, "alias": alias}
+        )
+        return str(uri) if uri else None
+
+    def finish(self, status: Status) -> Path | None:
+        """End the run. Returns the spool where the server lacks something, else None."""
+        self._ended = True
+        self._send_spool()
+        self._log({"type": "status", "status": status, "end_ms": _now_ms()})
+        if not self.spool.exists():
+            return None
+        logger.warning(
+            "what the tracking server has not taken is in %s; "
+            "send it with distclust.training.tracking.replay(%r, uri)",
+            self.spool,
+            str(self.spool),
+        )
+        return self.spool
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if not self._ended:
+            killed = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
+            self.finish("FINISHED" if kind is None else "KILLED" if killed else "FAILED")
+
+    def _log(self, record: dict[str, Any]) -> Any:
+        """Apply a record on the server, or keep it in the spool."""
+        if self._client is not None and self.run_id is not None and time.monotonic() >= self._quiet_until:
+            try:
+                with limits(timeout_s=120 if record["type"] in ("model", "artifacts") else 20, retries=1):
+                    return _apply(self._client, self.run_id, record)
+            except Exception as error:
+                if _is_away(error):
+                    self._quiet_until = time.monotonic() + QUIET_S
+                logger.warning(
+                    "the tracking server does not take the run's %s, which go to %s: %s",
+                    record["type"],
+                    self.spool,
+                    redact(str(error)),
+                )
+        try:
+            spool = Spool(self.spool)
+            if not self.spool.exists():
+                spool.append([{"type": "run", "run_id": self.run_id, "uri": redact(self.uri)}])
+            spool.append([record])
+        except OSError as error:
+            logger.warning(
+                "the run's %s are lost: %s cannot be written (%s)", record["type"], self.spool, error
+            )
+        return None
+
+    def _send_spool(self) -> None:
+        if self._client is None or self.run_id is None or not self.spool.exists():
+            return
+        try:
+            with limits(timeout_s=20, retries=1):
+                _replay_into(self._client, self.run_id, Spool(self.spool))
+        except Exception as error:
+            self._quiet_until = time.monotonic() + QUIET_S
+            logger.warning("%s could not be sent yet: %s", self.spool, redact(str(error)))
+
+
+def replay(spool: Path | str, uri: str) -> str:
+    """Send a spool, or the spool of a run folder, to a tracking server; remove the file when all is there.
+
+    Points that the run has are not sent again, so a replay that was cut off can be given again.
+
+    Returns:
+        The MLflow run's id.
+
+    Raises:
+        TrackingError: no such file, the server does not answer, or it refuses something; the file stays.
+    """
+    path = Path(spool) / SPOOL_NAME if Path(spool).is_dir() else Path(spool)
+    if not path.exists():
+        raise TrackingError(
+            f"{path} does not exist; expected a spool of unsent metrics. Name the file or its run folder"
+        )
+    file = Spool(path)
+    header: dict[str, Any] = {}
+    for record in file.records():
+        if record["type"] == "run":
+            header.update({key: value for key, value in record.items() if value is not None})
+    run_id = _read_identity(path.parent).get("run_id") or header.get("run_id")
+    try:
+        with limits(timeout_s=60, retries=2):
+            reach(uri)
+            client = _connect(uri)
+            if run_id is None:
+                experiment, name = header.get("experiment", "distclust"), header.get("name", path.parent.name)
+                run_id = _begin(client, uri, experiment, path.parent, name, header.get("start_ms"))
+            _replay_into(client, run_id, file)
+    except TrackingError:
+        raise
+    except Exception as error:
+        raise TrackingError(
+            f"{path} could not be sent to {redact(uri)} ({redact(str(error))}); expected a server that has or takes "
+            f"the run {run_id}. Nothing is lost: correct it and give the same again"
+        ) from error
+    return str(run_id)
+
+
+def tracking_uri(tracking: TrackingConfig, run_dir: Path) -> str:
+    """The configured server, else MLFLOW_TRACKING_URI of the environment, else `mlflow.db` by the run folder."""
+    default = f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
+    return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+# ---- MLflow's client ---------------------------------------------------------------------------------------
+
+
+def _connect(uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether the server, or the way to it, is in trouble; otherwise it understood and refuses."""
+    code = getattr(error, "error_code", None)
+    return code is None or code in _AWAY_CODES
+
+
+class _RunServer:
+    """One run of a tracking server, as the queue's thread sees it."""
+
+    def __init__(self, uri: str, run_id: str):
+        self._uri = uri
+        self._run_id = run_id
+        self._client: MlflowClient | None = None
+
+    def last_steps(self) -> dict[str, int]:
+        if self._client is None:
+            file = sqlite_file(self._uri)
+            # on another node than the driver's, the client would make an empty database
+            if file is not None and not file.exists():
+                raise RunGoneError(f"{file} does not exist on {socket.gethostname()}")
+            self._client = _connect(self._uri)
+        try:
+            with limits(timeout_s=20, retries=0):
+                run = self._client.get_run(self._run_id)
+        except Exception as error:
+            if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+                raise RunGoneError(f"{redact(self._uri)} has no run {self._run_id}") from error
+            raise
+        if run.info.lifecycle_stage != "active":
+            raise RunGoneError(f"run {self._run_id} has been deleted")
+        return _last_steps(run)
+
+    def send(self, points: Sequence[MetricPoint]) -> None:
+        assert self._client is not None
+        try:
+            with limits(timeout_s=20, retries=0):
+                _log_points(self._client, self._run_id, points)
+        except Exception as error:
+            if getattr(error, "error_code", None) in _REFUSED_CODES:
+                raise PointRefusedError(str(error)) from error
+            raise
+
+
+def _last_steps(run: Run) -> dict[str, int]:
+    """The highest step of each key: MLflow's latest metric is the one with the highest step."""
+    return {metric.key: int(metric.step) for metric in run.data.to_proto().metrics}
+
+
+def _log_points(client: MlflowClient, run_id: str, points: Sequence[MetricPoint]) -> None:
+    from mlflow.entities import Metric
+
+    metrics = [Metric(p.key, p.value, p.timestamp_ms, p.step) for p in points]
+    # synchronous: the environment may ask for another way, which acknowledges nothing
+    client.log_batch(run_id, metrics=metrics, synchronous=True)
+
+
+def _begin(
+    client: MlflowClient, uri: str, experiment: str, run_dir: Path, name: str, start_ms: int | None = None
+) -> str:
+    """The id of the run that belongs to `run_dir`, made where there is none yet."""
+    stored = _read_identity(run_dir).get("run_id")
+    asked = os.environ.get("MLFLOW_RUN_ID")
+    if stored and asked and stored != asked:
+        logger.warning(
+            "MLFLOW_RUN_ID is %s, but %s belongs to the run %s, which goes on", asked, run_dir, stored
+        )
+    run_id = stored or asked
+    if run_id:
+        where = run_dir / IDENTITY_NAME if stored else "MLFLOW_RUN_ID"
+        remedy = f"delete {where} to begin a new MLflow run" if stored else "unset MLFLOW_RUN_ID"
+        expected = f"expected the run that {where} names; restore it, correct tracking.uri, or {remedy}"
+        try:
+            run = client.get_run(run_id)
+        except Exception as error:
+            if _is_away(error):
+                raise
+            raise TrackingError(f"{redact(uri)} has no run {run_id}; {expected}") from error
+        if run.info.lifecycle_stage != "active":
+            raise TrackingError(f"the run {run_id} at {redact(uri)} has been deleted; {expected}")
+    else:
+        tags = {"mlflow.source.name": "distclust", "mlflow.source.type": "LOCAL"}
+        experiment_id = _experiment(client, uri, experiment)
+        run = client.create_run(experiment_id, start_time=start_ms, run_name=name, tags=tags)
+        run_id = run.info.run_id
+    if run_id != stored:
+        identity = {"run_id": run_id, "experiment_id": run.info.experiment_id, "uri": redact(uri)}
+        run_dir.mkdir(parents=True, exist_ok=True)
+        whole = run_dir / (IDENTITY_NAME + ".tmp")
+        whole.write_text(json.dumps(identity, indent=1) + "\n")
+        os.replace(whole, run_dir / IDENTITY_NAME)
+    return str(run_id)
+
+
+def _experiment(client: MlflowClient, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        file = sqlite_file(uri)
+        # a bare database would put artifacts into ./mlruns of whoever comes first
+        location = None if file is None else (file.absolute().parent / "mlartifacts").as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except Exception:
+            found = client.get_experiment_by_name(name)  # another driver was faster
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"the experiment {name!r} at {redact(uri)} has been deleted; expected one that takes runs. "
+            "Restore it (mlflow experiments restore) or set another tracking.experiment"
+        )
+    return str(found.experiment_id)
+
+
+def _unusable(uri: str, tracking: TrackingConfig, spool: Path, error: Exception) -> str | None:
+    """What to tell the user of a run that cannot begin; None where the run may go on without the server."""
+    reason = (redact(str(error)).strip() or type(error).__name__).splitlines()[0]
+    if not _is_away(error):
+        return (
+            f"the tracking server {redact(uri)} refuses the run: {reason}. Expected experiment "
+            f"{tracking.experiment!r} and its run to be usable; correct tracking.uri or tracking.experiment"
+        )
+    if tracking.on_unreachable == "fail":
+        return (
+            f"the tracking server {redact(uri)} does not answer ({reason}); expected an MLflow server or a SQLite "
+            "file there. Start it, correct tracking.uri, or give tracking.on_unreachable=spool to go on and keep "
+            f"everything in {spool}"
+        )
+    return None
+
+
+def _read_identity(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / IDENTITY_NAME
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise TrackingError(
+            f"{path} is not JSON ({error}); expected the id of the MLflow run. Delete it to begin a new run"
+        ) from error
+
+
+# ---- records, on their way to the server -------------------------------------------------------------------
+
+
+def _apply(client: MlflowClient, run_id: str, record: Mapping[str, Any]) -> Any:
+    """Do on the server what a record says; doing it twice does no harm."""
+    kind = record["type"]
+    if kind == "params":
+        _apply_params(client, run_id, record["params"])
+    elif kind == "tags":
+        _log_tags(client, run_id, record["tags"])
+    elif kind == "dataset":
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            **{key: record[key] for key in ("name", "digest", "source_type", "source", "schema", "profile")}
+        )
+        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    elif kind == "final":
+        run = client.get_run(run_id)
+        steps = _last_steps(run)
+        values = {key: float(value) for key, value in record["metrics"].items()}
+        points = [
+            MetricPoint(key, value, steps.get(key, -1) + 1, record["timestamp_ms"])
+            for key, value in values.items()
+            if key not in steps or not _same(run.data.metrics[key], value)
+        ]
+        for start in range(0, len(points), MAX_BATCH):
+            _log_points(client, run_id, points[start : start + MAX_BATCH])
+    elif kind == "artifacts":
+        log = client.log_artifacts if Path(record["path"]).is_dir() else client.log_artifact
+        log(run_id, record["path"], record["artifact_path"])
+    elif kind == "model":
+        return _apply_model(client, run_id, record)
+    elif kind == "status":
+        client.set_terminated(run_id, record["status"], record["end_ms"])
+    return None
+
+
+def _apply_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    there = client.get_run(run_id).data.params
+    new = [Param(key, value) for key, value in params.items() if key not in there]
+    for start in range(0, len(new), 100):
+        client.log_batch(run_id, params=new[start : start + 100], synchronous=True)
+    # MLflow's parameters cannot change; a run resumed on more workers says so in a tag
+    _log_tags(
+        client, run_id, {clean_key(f"resumed.{k}"): v for k, v in params.items() if there.get(k, v) != v}
+    )
+
+
+def _log_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    items = [RunTag(key, shorten(value, MAX_TAG)) for key, value in tags.items()]
+    for start in range(0, len(items), 100):
+        client.log_batch(run_id, tags=items[start : start + 100], synchronous=True)
+
+
+def _apply_model(client: MlflowClient, run_id: str, record: Mapping[str, Any]) -> str:
+    from mlflow.models import Model
+
+    folder = Path(record["path"])
+    described = Model.load(str(folder))
+    if described.run_id == run_id and described.model_id:  # an earlier attempt brought it there
+        model_id = described.model_id
+    else:
+        model_id = _upload_model(client, run_id, folder, record["name"])
+    if record["register_as"]:
+        _register(client, run_id, model_id, record["register_as"], record["alias"])
+    return f"models:/{model_id}"
+
+
+def _upload_model(client: MlflowClient, run_id: str, folder: Path, name: str) -> str:
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model
+
+    experiment_id = client.get_run(run_id).info.experiment_id
+    logged = client.create_logged_model(experiment_id, name, source_run_id=run_id, model_type="distclust")
+    try:
+        described = Model.load(str(folder))
+        described.run_id, described.model_id, described.model_uuid = run_id, logged.model_id, logged.model_id
+        described.artifact_path = logged.artifact_location
+        with tempfile.TemporaryDirectory() as scratch:
+            # the folder's own MLmodel is written last: it says that the upload is whole
+            described.save(str(Path(scratch) / "MLmodel"))
+            client.log_model_artifacts(logged.model_id, str(folder))
+            client.log_model_artifacts(logged.model_id, scratch)
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+            client.finalize_logged_model(logged.model_id, "READY")
+            os.replace(shutil.copy(Path(scratch) / "MLmodel", folder / "MLmodel.tmp"), folder / "MLmodel")
+    except Exception:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    return str(logged.model_id)
+
+
+def _register(client: MlflowClient, run_id: str, model_id: str, name: str, alias: str | None) -> None:
+    try:
+        client.create_registered_model(name)
+    except Exception as error:
+        if getattr(error, "error_code", None) not in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
+            raise
+    version = client.create_model_version(name, f"models:/{model_id}", run_id, model_id=model_id)
+    if alias:
+        client.set_registered_model_alias(name, alias, version.version)
+
+
+def _replay_into(client: MlflowClient, run_id: str, spool: Spool) -> None:
+    """Send everything in the spool, then remove it. Points are compared one by one, not by the highest step:
+    a run that went on after the spool was written has later steps than those."""
+    points: dict[tuple[str, int], MetricPoint] = {}
+    for record in spool.records():
+        if record["type"] == "metric":
+            point = point_of(record)
+            points.setdefault((point.key, point.step), point)
+    there = {
+        (key, m.step)
+        for key in sorted({k for k, _ in points})
+        for m in client.get_metric_history(run_id, key)
+    }
+    missing = [point for place, point in points.items() if place not in there]
+    for start in range(0, len(missing), MAX_BATCH):
+        _log_points(client, run_id, missing[start : start + MAX_BATCH])
+    for record in spool.records():
+        _apply(client, run_id, record)
+    spool.remove()
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def _same(stored: float, value: float) -> bool:
+    """Whether the server's value is this one; it keeps an infinity as the largest number."""
+    if math.isnan(stored) or math.isnan(value):
+        return math.isnan(stored) and math.isnan(value)
+    return stored == max(-sys.float_info.max, min(sys.float_info.max, value))
