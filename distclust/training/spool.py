@@ -41,8 +41,8 @@ class Spool:
     """The JSON lines that still have to be sent.
 
     Records other than metrics (parameters, tags, the final status) are kept until `tracking.replay`; metrics
-    are also read back by the sink itself, in the order in which they were written. One process writes at a
-    time; within it, every method may be called from any thread.
+    are also read back by the sink itself, in the order in which they were written. The driver may append while the
+    sink's process reads; within a process, every method may be called from any thread.
     """
 
     def __init__(self, path: Path | str):
@@ -110,33 +110,35 @@ class Spool:
             self.path.unlink(missing_ok=True)
 
     def _drop_metrics(self) -> None:
-        kept = [record for record in self.records() if record["type"] != "metric"]
-        if all(record["type"] == "run" for record in kept):
-            self.remove()
-            return
-        whole = self.path.with_name(self.path.name + ".tmp")
-        whole.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(whole, self.path)
-        self._offset = self.path.stat().st_size
+        taken = self.path.with_name(self.path.name + ".sent")
+        os.replace(self.path, taken)  # first out of the driver's way, which may append at any time
+        self._offset = 0
+        kept = [record for record, _ in _records(taken, 0) if record["type"] != "metric"]
+        if any(record["type"] != "run" for record in kept):
+            self.append(kept)
+        taken.unlink()
 
     def _read(self, start: int) -> Iterator[tuple[dict[str, Any], int]]:
-        if not self.path.exists():
-            return
-        with open(self.path, "rb") as file:
-            position = file.seek(start)
-            for line in file:
-                position += len(line)
-                try:
-                    record = json.loads(line)
-                    if "type" not in record:
-                        raise ValueError("no type")
-                except ValueError:
-                    if line.strip():
-                        logger.warning(
-                            "%s: a half-written line ending at byte %d is skipped", self.path, position
-                        )
-                    continue
-                yield record, position
+        return _records(self.path, start)
+
+
+def _records(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole records of a file from byte `start` on, each with the position behind it."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        position = file.seek(start)
+        for line in file:
+            position += len(line)
+            try:
+                record = json.loads(line)
+                if "type" not in record:
+                    raise ValueError("no type")
+            except (ValueError, TypeError):
+                if line.strip():
+                    logger.warning("%s: a half-written line ending at byte %d is skipped", path, position)
+                continue
+            yield record, position
 
 
 def metric_record(point: MetricPoint) -> dict[str, Any]:

@@ -9,7 +9,6 @@ metrics' timeliness and nothing else; what it has not taken stays in a file that
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -27,6 +26,7 @@ from distclust.errors import TrackingError
 from distclust.training.metric_sink import MAX_BATCH, PointQueue, PointRefusedError, RunGoneError
 from distclust.training.provenance import code_version, dataset_record
 from distclust.training.reach import limits, reach, sqlite_file
+from distclust.training.run_identity import begin, is_away, read_identity, unusable
 from distclust.training.spool import (
     MAX_TAG,
     MetricPoint,
@@ -50,12 +50,9 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-IDENTITY_NAME = "mlflow.json"
 SPOOL_NAME = "metrics-unsent.jsonl"
 QUIET_S = 15.0  # after a failure, the driver's calls go straight to the spool for this long
 
-# Error codes of MLflow that say nothing about the request: the server, or the way to it, is in trouble.
-_AWAY_CODES = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 _REFUSED_CODES = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST"}
 
 
@@ -98,12 +95,12 @@ class Tracker:
     def open(cls, tracking: TrackingConfig, run_dir: Path, *, name: str) -> Tracker:
         """Start the run of `run_dir`, or take it up again.
 
-        The run is the one of `run_dir/mlflow.json`, else that of the environment's MLFLOW_RUN_ID, else a new one.
-        What an earlier attempt left in the spool is sent first. The code's version is among the run's tags.
+        The run is the one of `run_dir/mlflow.json`, else that of the environment's MLFLOW_RUN_ID, else a new
+        one. What an earlier attempt left in the spool is sent first. The code's version is among the tags.
 
         Raises:
-            TrackingError: the server does not answer and `on_unreachable` is "fail"; or it answers and the run
-                or the experiment cannot be used.
+            TrackingError: the server does not answer and `on_unreachable` is "fail"; or it answers and the
+                run or the experiment cannot be used.
         """
         run_dir = run_dir.absolute()
         uri = tracking_uri(tracking, run_dir)
@@ -111,7 +108,7 @@ class Tracker:
             with limits(timeout_s=5, retries=0):
                 reach(uri)
                 client = _connect(uri)
-                run_id = _begin(client, uri, tracking.experiment, run_dir, name)
+                run_id = begin(client, uri, tracking.experiment, run_dir, name)
                 tracker = cls(uri, run_dir, client, run_id)
                 tracker._send_spool()
                 client.update_run(run_id, status="RUNNING")
@@ -119,10 +116,10 @@ class Tracker:
             raise
         except Exception as error:
             spool = Spool(run_dir / SPOOL_NAME)
-            reason = _unusable(uri, tracking, spool.path, error)
+            reason = unusable(uri, tracking, spool.path, error)
             if reason is not None:
                 raise TrackingError(reason) from error
-            stored = _read_identity(run_dir).get("run_id")
+            stored = read_identity(run_dir).get("run_id")
             header = {"run_id": stored, "uri": redact(uri), "experiment": tracking.experiment, "name": name}
             spool.append([{"type": "run", **header, "start_ms": _now_ms()}])
             logger.warning(
@@ -140,7 +137,7 @@ class Tracker:
     def how_to_open(self) -> str:
         """One line for the user: the command or the address that shows the run."""
         if self.uri.startswith(("http://", "https://")):
-            experiment_id = _read_identity(self.spool.parent).get("experiment_id")
+            experiment_id = read_identity(self.spool.parent).get("experiment_id")
             page = f"/#/experiments/{experiment_id}/runs/{self.run_id}" if self.run_id else ""
             return redact(self.uri).rstrip("/") + page
         return f"mlflow ui --backend-store-uri {redact(self.uri)}"
@@ -169,6 +166,9 @@ class Tracker:
 
     def log_artifacts(self, path: Path, artifact_path: str | None = None) -> None:
         """A file or folder, under the run's artifact folder `artifact_path`."""
+        if not path.exists():
+            logger.warning("%s does not exist; the run goes without it", path)
+            return
         self._log({"type": "artifacts", "path": str(path.absolute()), "artifact_path": artifact_path})
 
     def log_model(
@@ -217,7 +217,7 @@ class Tracker:
                 with limits(timeout_s=120 if record["type"] in ("model", "artifacts") else 20, retries=1):
                     return _apply(self._client, self.run_id, record)
             except Exception as error:
-                if _is_away(error):
+                if is_away(error):
                     self._quiet_until = time.monotonic() + QUIET_S
                 logger.warning(
                     "the tracking server does not take the run's %s, which go to %s: %s",
@@ -240,7 +240,7 @@ class Tracker:
         if self._client is None or self.run_id is None or not self.spool.exists():
             return
         try:
-            with limits(timeout_s=20, retries=1):
+            with limits(timeout_s=20, retries=0):
                 _replay_into(self._client, self.run_id, Spool(self.spool))
         except Exception as error:
             self._quiet_until = time.monotonic() + QUIET_S
@@ -268,27 +268,27 @@ def replay(spool: Path | str, uri: str) -> str:
     for record in file.records():
         if record["type"] == "run":
             header.update({key: value for key, value in record.items() if value is not None})
-    run_id = _read_identity(path.parent).get("run_id") or header.get("run_id")
+    run_id = read_identity(path.parent).get("run_id") or header.get("run_id")
     try:
         with limits(timeout_s=60, retries=2):
             reach(uri)
             client = _connect(uri)
             if run_id is None:
                 experiment, name = header.get("experiment", "distclust"), header.get("name", path.parent.name)
-                run_id = _begin(client, uri, experiment, path.parent, name, header.get("start_ms"))
+                run_id = begin(client, uri, experiment, path.parent, name, header.get("start_ms"))
             _replay_into(client, run_id, file)
     except TrackingError:
         raise
     except Exception as error:
         raise TrackingError(
-            f"{path} could not be sent to {redact(uri)} ({redact(str(error))}); expected a server that has or takes "
-            f"the run {run_id}. Nothing is lost: correct it and give the same again"
+            f"{path} could not be sent to {redact(uri)} ({redact(str(error))}); expected a server that has "
+            f"or takes the run {run_id}. Nothing is lost: correct it and give the same again"
         ) from error
     return str(run_id)
 
 
 def tracking_uri(tracking: TrackingConfig, run_dir: Path) -> str:
-    """The configured server, else MLFLOW_TRACKING_URI of the environment, else `mlflow.db` by the run folder."""
+    """The configured server, else the environment's MLFLOW_TRACKING_URI, else `mlflow.db` beside the run."""
     default = f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
     return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
 
@@ -300,12 +300,6 @@ def _connect(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
-
-
-def _is_away(error: Exception) -> bool:
-    """Whether the server, or the way to it, is in trouble; otherwise it understood and refuses."""
-    code = getattr(error, "error_code", None)
-    return code is None or code in _AWAY_CODES
 
 
 class _RunServer:
@@ -356,92 +350,6 @@ def _log_points(client: MlflowClient, run_id: str, points: Sequence[MetricPoint]
     metrics = [Metric(p.key, p.value, p.timestamp_ms, p.step) for p in points]
     # synchronous: the environment may ask for another way, which acknowledges nothing
     client.log_batch(run_id, metrics=metrics, synchronous=True)
-
-
-def _begin(
-    client: MlflowClient, uri: str, experiment: str, run_dir: Path, name: str, start_ms: int | None = None
-) -> str:
-    """The id of the run that belongs to `run_dir`, made where there is none yet."""
-    stored = _read_identity(run_dir).get("run_id")
-    asked = os.environ.get("MLFLOW_RUN_ID")
-    if stored and asked and stored != asked:
-        logger.warning(
-            "MLFLOW_RUN_ID is %s, but %s belongs to the run %s, which goes on", asked, run_dir, stored
-        )
-    run_id = stored or asked
-    if run_id:
-        where = run_dir / IDENTITY_NAME if stored else "MLFLOW_RUN_ID"
-        remedy = f"delete {where} to begin a new MLflow run" if stored else "unset MLFLOW_RUN_ID"
-        expected = f"expected the run that {where} names; restore it, correct tracking.uri, or {remedy}"
-        try:
-            run = client.get_run(run_id)
-        except Exception as error:
-            if _is_away(error):
-                raise
-            raise TrackingError(f"{redact(uri)} has no run {run_id}; {expected}") from error
-        if run.info.lifecycle_stage != "active":
-            raise TrackingError(f"the run {run_id} at {redact(uri)} has been deleted; {expected}")
-    else:
-        tags = {"mlflow.source.name": "distclust", "mlflow.source.type": "LOCAL"}
-        experiment_id = _experiment(client, uri, experiment)
-        run = client.create_run(experiment_id, start_time=start_ms, run_name=name, tags=tags)
-        run_id = run.info.run_id
-    if run_id != stored:
-        identity = {"run_id": run_id, "experiment_id": run.info.experiment_id, "uri": redact(uri)}
-        run_dir.mkdir(parents=True, exist_ok=True)
-        whole = run_dir / (IDENTITY_NAME + ".tmp")
-        whole.write_text(json.dumps(identity, indent=1) + "\n")
-        os.replace(whole, run_dir / IDENTITY_NAME)
-    return str(run_id)
-
-
-def _experiment(client: MlflowClient, uri: str, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        file = sqlite_file(uri)
-        # a bare database would put artifacts into ./mlruns of whoever comes first
-        location = None if file is None else (file.absolute().parent / "mlartifacts").as_uri()
-        try:
-            return str(client.create_experiment(name, artifact_location=location))
-        except Exception:
-            found = client.get_experiment_by_name(name)  # another driver was faster
-            if found is None:
-                raise
-    if found.lifecycle_stage != "active":
-        raise TrackingError(
-            f"the experiment {name!r} at {redact(uri)} has been deleted; expected one that takes runs. "
-            "Restore it (mlflow experiments restore) or set another tracking.experiment"
-        )
-    return str(found.experiment_id)
-
-
-def _unusable(uri: str, tracking: TrackingConfig, spool: Path, error: Exception) -> str | None:
-    """What to tell the user of a run that cannot begin; None where the run may go on without the server."""
-    reason = (redact(str(error)).strip() or type(error).__name__).splitlines()[0]
-    if not _is_away(error):
-        return (
-            f"the tracking server {redact(uri)} refuses the run: {reason}. Expected experiment "
-            f"{tracking.experiment!r} and its run to be usable; correct tracking.uri or tracking.experiment"
-        )
-    if tracking.on_unreachable == "fail":
-        return (
-            f"the tracking server {redact(uri)} does not answer ({reason}); expected an MLflow server or a SQLite "
-            "file there. Start it, correct tracking.uri, or give tracking.on_unreachable=spool to go on and keep "
-            f"everything in {spool}"
-        )
-    return None
-
-
-def _read_identity(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / IDENTITY_NAME
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise TrackingError(
-            f"{path} is not JSON ({error}); expected the id of the MLflow run. Delete it to begin a new run"
-        ) from error
 
 
 # ---- records, on their way to the server -------------------------------------------------------------------
@@ -569,7 +477,10 @@ def _replay_into(client: MlflowClient, run_id: str, spool: Spool) -> None:
     for start in range(0, len(missing), MAX_BATCH):
         _log_points(client, run_id, missing[start : start + MAX_BATCH])
     for record in spool.records():
-        _apply(client, run_id, record)
+        if "path" in record and not Path(record["path"]).exists():
+            logger.warning("%s is gone; the run goes without it", record["path"])
+        else:
+            _apply(client, run_id, record)
     spool.remove()
 
 
