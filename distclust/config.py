@@ -245,7 +245,10 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             place = place[parent]
             if not isinstance(place, dict):
                 raise ConfigError(f"override {item!r}: {parent!r} holds a value, not keys")
-        place[last] = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        try:
+            place[last] = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {item!r}: the value is not YAML ({str(error).splitlines()[0]})") from error
     return result
 
 

@@ -1,0 +1,179 @@
+"""Recipes and overrides: what is accepted, and how what is not is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from distclust import config
+from distclust.config import RunConfig, from_dict, load_recipe, recipe_names, resolve, to_dict
+from distclust.errors import ConfigError
+from distclust.mixture.methods import METHODS
+
+LEAST = {"method": "damic-text", "clusters": 9}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_says_how_it_is_run(name):
+    run = load_recipe(name)
+    assert run.method in METHODS and run.phases
+    text = (config.resources.files("distclust") / "recipes" / f"{name}.yaml").read_text()
+    header = text.split("\n\n")[0]
+    for word in ("command", "run time", "result"):
+        assert f"#   {word}" in header, f"the header of {name}.yaml lacks its {word}"
+    assert f"distclust train {name}" in header
+
+
+def test_the_demo_is_what_is_promised():
+    run = load_recipe("demo")
+    assert (run.method, run.clusters, run.cluster.workers) == ("damic-text", 9, 2)
+    assert run.source.name == "builtin" and run.order.lanes == 8 and run.order.rows_per_lane == 32
+
+
+def test_a_method_brings_its_own_settings():
+    run = resolve(LEAST)
+    assert run.model == METHODS["damic-text"].settings and run.phases == METHODS["damic-text"].phases
+
+
+def test_a_recipe_changes_only_what_it_names():
+    run = resolve(LEAST | {"model": {"code_size": 7}, "phases": {"joint": {"epochs": 3, "optimizer": {"eps": 1e-7}}}})
+    row = METHODS["damic-text"]
+    assert run.model == dataclasses.replace(row.settings, code_size=7)
+    before, after = row.phases[-1], run.phases[-1]
+    assert after == dataclasses.replace(
+        before, epochs=3, optimizer=dataclasses.replace(before.optimizer, eps=1e-7)
+    )
+    assert run.phases[:-1] == row.phases[:-1]
+
+
+def test_a_run_survives_its_json():
+    for name in recipe_names():
+        run = load_recipe(name)
+        assert from_dict(json.loads(json.dumps(to_dict(run)))) == run
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "value"),
+    [
+        ("phases.pretrain.optimizer.learning_rate=1e-3", lambda r: r.phases[0].optimizer.learning_rate, 0.001),
+        ("phases.pretrain.optimizer.learning_rate=2E+1", lambda r: r.phases[0].optimizer.learning_rate, 20.0),
+        ("model.tau=2", lambda r: r.model.tau, 2.0),
+        ("model.tau_spread=null", lambda r: r.model.tau_spread, None),
+        ("model.hidden=[64, 32]", lambda r: r.model.hidden, (64, 32)),
+        ("cluster.workers=[1,4]", lambda r: r.cluster.workers, (1, 4)),
+        ("source.files=[a.csv]", lambda r: r.source.files, ("a.csv",)),
+        ("tracking.uri=http://host:5000", lambda r: r.tracking.uri, "http://host:5000"),
+        ("tracking.uri=sqlite:///a=b.db", lambda r: r.tracking.uri, "sqlite:///a=b.db"),
+        ("tracking.enabled=false", lambda r: r.tracking.enabled, False),
+        ("vocabulary.max_df=1", lambda r: r.vocabulary.max_df, 1),
+    ],
+)
+def test_overrides_are_yaml(override, place, value):
+    more = ["source.name=files"] if override.startswith("source.files") else []
+    found = place(load_recipe("smoke", [override, *more]))
+    assert found == value and type(found) is type(value)
+
+
+def test_overrides_leave_the_data_alone():
+    data = {"method": "damic", "model": {"tau": 1.0}}
+    assert config.apply_overrides(data, ["model.tau=2", "clusters=3"])["model"] == {"tau": 2}
+    assert data == {"method": "damic", "model": {"tau": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        # unknown keys, with the nearest valid one
+        ("clutsers=3", ["unknown key 'clutsers'", "'clusters'"]),
+        ("cluster.wokers=2", ["unknown key 'cluster.wokers'", "'workers'"]),
+        ("model.tua=1", ["unknown key 'model.tua'", "'tau'"]),
+        ("phases.jiont.epochs=2", ["phases.jiont", "'joint'"]),
+        ("phases.joint.epoch=2", ["phases.joint.epoch", "'epochs'"]),
+        ("phases.joint.optimizer.lerning_rate=1", ["'learning_rate'"]),
+        ("source.nme=builtin", ["'name'"]),
+        ("vocabulary.maxfeatures=10", ["'max_features'"]),
+        ("zzz=1", ["unknown key 'zzz'", "expected one of"]),
+        ("method=damic-txt", ["'damic-txt'", "'damic-text'"]),
+        ("source.name=20newz", ["'20news'"]),
+        # wrong types: nothing is converted silently
+        ("clusters=nine", ["clusters", "nine"]),
+        ("clusters=9.0", ["clusters", "9.0"]),
+        ("clusters='9'", ["clusters"]),
+        ("clusters=true", ["clusters", "True"]),
+        ("model.hidden=256", ["model.hidden", "256"]),
+        ("model=3", ["model", "expected keys and values"]),
+        ("cluster=3", ["cluster is 3"]),
+        ("phases.joint=3", ["phases.joint is 3"]),
+        ("phases.joint.epochs=2.5", ["epochs", "2.5"]),
+        ("tracking.enabled=maybe", ["tracking.enabled"]),
+        ("tracking.on_unreachable=fial", ["tracking.on_unreachable", "'fail' or 'spool'"]),
+        ("clusters.x=1", ["clusters"]),
+        ("clusters=", ["clusters"]),
+        # impossible values
+        ("clusters=1", ["clusters is 1", "at least 2"]),
+        ("seed=-1", ["seed is -1"]),
+        ("model.tau=0", ["model.tau is 0", "above 0"]),
+        ("model.gate_dropout=1.0", ["model.gate_dropout", "[0, 1)"]),
+        ("model.hidden=[]", ["model.hidden"]),
+        ("model.dissimilarity=euclid", ["model.dissimilarity", "euclidean"]),
+        ("phases.joint.epochs=-1", ["epochs is -1"]),
+        ("phases.joint.optimizer.learning_rate=-1e-3", ["learning_rate is -0.001"]),
+        ("cluster.workers=-1", ["cluster.workers"]),
+        ("cluster.workers=[3,2]", ["cluster.workers"]),
+        ("cluster.workers=[0,2]", ["cluster.workers"]),
+        ("cluster.workers=5", ["cluster.workers is 5", "order.lanes is 4"]),
+        ("order.lanes=0", ["order.lanes"]),
+        ("shards.rows_per_shard=0", ["shards.rows_per_shard"]),
+        ("vocabulary.max_df=2.0", ["vocabulary.max_df"]),
+        ("checkpoint.every_steps=0", ["checkpoint.every_steps"]),
+        ("tracking.log_every=0", ["tracking.log_every"]),
+        ("tracking.alias=best", ["tracking.alias", "register_as"]),
+        ("initialise.restarts=0", ["initialise.restarts"]),
+        # no override at all
+        ("clusters", ["key=value"]),
+        ("=3", ["key=value"]),
+        ("model.tau=[", ["model.tau=["]),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_a_reason(override, said):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("smoke", [override])
+    for part in said:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["method", "clusters"])
+def test_a_recipe_needs_a_method_and_a_number_of_clusters(missing):
+    with pytest.raises(ConfigError, match=missing):
+        resolve({key: value for key, value in LEAST.items() if key != missing})
+
+
+def test_unknown_recipes_name_the_nearest():
+    with pytest.raises(ConfigError, match="'demo'"):
+        load_recipe("dmo")
+    with pytest.raises(ConfigError, match=r"no recipe file nowhere\.yaml"):
+        load_recipe("nowhere.yaml")
+
+
+@pytest.mark.parametrize(("text", "said"), [("a: [1", "not YAML"), ("- 1\n- 2\n", "holds list"), ("", "holds NoneType")])
+def test_files_that_are_no_recipe(tmp_path, text, said):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+def test_a_recipe_from_a_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("method: dmae-text\nclusters: 4\n")
+    run = load_recipe(tmp_path / "mine.yaml", ["seed=3"])
+    assert isinstance(run, RunConfig) and (run.method, run.clusters, run.seed) == ("dmae-text", 4, 3)
+
+
+def test_identity_is_what_a_checkpoint_binds():
+    """Where it runs, how often it saves and who tracks it may change between two starts of a run."""
+    run = load_recipe("smoke")
+    for change in ("cluster.workers=2", "checkpoint.every_steps=7", "tracking.experiment=x"):
+        assert load_recipe("smoke", [change]).identity() == run.identity()
+    for change in ("seed=1", "clusters=4", "order.lanes=5", "model.tau=3", "phases.joint.epochs=9"):
+        assert load_recipe("smoke", [change]).identity() != run.identity()
