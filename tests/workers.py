@@ -1,0 +1,129 @@
+"""Short training runs in gloo processes; a script of its own, so that it can be run by hand.
+
+`python tests/workers.py JOBS.json` reads a list of jobs and runs each with its number of workers. One process imports
+torch and forks the workers of every job, so that a job costs what its steps cost. A job is a dictionary:
+
+    config   a resolved configuration (config.to_dict)        corpus  a prepared folder
+    run      the run folder                                   world   number of workers
+    out      JSON lines of rank 0: losses per step            rows    also write row numbers of every step and rank
+    stop     stop after this global step (a clean exception)  kill    [rank, global step]: that rank dies by SIGKILL there
+    grads    write the gradients of the first step to this file and stop
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import sklearn.cluster  # noqa: F401  (before the fork: each of these takes seconds to import)
+import torch
+import torch._dynamo
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from distclust.config import from_dict
+from distclust.corpus.shards import Corpus
+from distclust.training.checkpoint import CheckpointStore
+from distclust.training.engine import NoHooks, Position, Trainer
+from distclust.training.world import World
+
+
+try:
+    import faiss  # noqa: F401
+except ImportError:
+    pass
+
+
+class Stopped(Exception):
+    """The clean end of a job with `stop` or `grads`."""
+
+
+class Recorder(NoHooks):
+    """Writes what happens to files, and dies when told."""
+
+    def __init__(self, job: dict[str, Any], world: World):
+        self.job, self.world = job, world
+        self.trainer: Trainer
+
+    def log(self, position: Position, phase: str, metrics: dict[str, float]) -> None:
+        kept = {k: v for k, v in metrics.items() if k not in ("docs_per_second", "waiting_share")}
+        with open(self.job["out"], "a") as out:
+            out.write(json.dumps([position.global_step, phase, kept]) + "\n")
+
+    def after_step(self, position: Position) -> None:
+        step = position.global_step
+        if grads := self.job.get("grads"):
+            if self.world.is_first:
+                found = {n: p.grad for n, p in self.trainer._trained.items() if p.grad is not None}
+                save_file({n: g.contiguous() for n, g in found.items()}, grads)
+            raise Stopped
+        if self.job.get("kill") == [self.world.rank, step]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.job.get("stop") == step:
+            raise Stopped
+
+
+class RowRecorder(Recorder):
+    """Also writes the row numbers of every step."""
+
+    def attach(self) -> None:
+        original = self.trainer.step
+
+        def step(phase: Any, batch: Any, loss: Any) -> None:
+            start = 0
+            with open(f"{self.job['out']}.rows-{self.world.rank}", "a") as out:
+                for lane, count in zip(batch.lanes, batch.lane_rows, strict=True):
+                    numbers = batch.rows[start : start + count].tolist()
+                    start += count
+                    out.write(json.dumps([self.trainer.position.global_step, lane, numbers]) + "\n")
+            original(phase, batch, loss)
+
+        self.trainer.step = step  # type: ignore[method-assign]
+
+
+def run_job(job: dict[str, Any], rank: int) -> None:
+    """One worker of a job."""
+    torch.set_num_threads(1)
+    if job["world"] > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{job['rendezvous']}", rank=rank, world_size=job["world"]
+        )
+    world = World.current()
+    hooks = RowRecorder(job, world) if job.get("rows") else Recorder(job, world)
+    store = CheckpointStore(f"{job['run']}/checkpoints")
+    hooks.trainer = Trainer(from_dict(job["config"]), Corpus.open(job["corpus"]), store, world, hooks)
+    if isinstance(hooks, RowRecorder):
+        hooks.attach()
+    try:
+        hooks.trainer.run()
+    except Stopped:
+        return
+    finally:
+        if job["world"] > 1 and not job.get("kill"):
+            dist.destroy_process_group()
+
+
+def run_jobs(path: str) -> None:
+    """Every job in turn; exit codes of its workers go to `<out>.exit`."""
+    context = multiprocessing.get_context("fork")
+    for number, job in enumerate(json.loads(Path(path).read_text())):
+        job["rendezvous"] = f"{path}.rendezvous-{number}"
+        Path(job["run"]).mkdir(parents=True, exist_ok=True)
+        workers = [context.Process(target=run_job, args=(job, rank)) for rank in range(job["world"])]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(120)
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+        Path(f"{job['out']}.exit").write_text(json.dumps([worker.exitcode for worker in workers]))
+
+
+if __name__ == "__main__":
+    run_jobs(sys.argv[1])
