@@ -21,6 +21,9 @@ from distclust.training.spool import MetricPoint, Spool, clean_key, redact
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 1000  # points that MLflow takes in one request
+MIN_BATCH = 50  # no request gets smaller than this because others failed; a few kB pass everywhere
+FIRST_DELAY_S = 0.5  # before the first repetition of a failed request; doubled for each further one
+LAST_DELAY_S = 30.0
 LONG_AWAY_S = 30.0  # a server that has been away for longer gets one more chance at the end, not ten seconds
 
 
@@ -76,6 +79,7 @@ class PointQueue:
         self._keys: dict[str, str] = {}
         self._batch = MAX_BATCH
         self._failing_since: float | None = None
+        self._delay_s = 0.0
         self._closing = False
         self._abandoned = False
         self._complained: set[str] = set()
@@ -143,10 +147,9 @@ class PointQueue:
     # ---- the thread ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        delay = 0.0
         while True:
             with self._changed:
-                closing = self._changed.wait_for(lambda: self._closing, delay or self._interval_s)
+                closing = self._changed.wait_for(lambda: self._closing, self._delay_s or self._interval_s)
             if self._abandoned:
                 return
             long_away = (
@@ -156,16 +159,17 @@ class PointQueue:
                 self._drain()
             except Exception as error:  # whatever a client library can raise; the thread must outlive it
                 self._marks = None
-                self._batch = max(1, self._batch // 2)  # for requests too large, or servers too slow
+                self._batch = min(
+                    self._batch, max(MIN_BATCH, self._batch // 2)
+                )  # for requests too large, or servers too slow
                 self._failing_since = self._failing_since or time.monotonic()
                 self._complain("send", f"the tracking server does not take metrics, trying again: {error}")
                 self._spill(self._memory_points)
-                delay = min(max(0.5, 2 * delay), 30.0)
+                self._delay_s = min(max(FIRST_DELAY_S, 2 * self._delay_s), LAST_DELAY_S)
                 if closing and not long_away:
-                    time.sleep(min(delay, 1.0))
+                    time.sleep(min(self._delay_s, 1.0))
                     continue
             else:
-                delay, self._failing_since = 0.0, None
                 self._complained.discard("send")
             if closing:
                 return
@@ -215,7 +219,8 @@ class PointQueue:
                 return False
             self._complain(f"refused {fresh[0].key}", f"{fresh[0]} is refused: {error}")
         self._marks = marks
-        self._batch = min(MAX_BATCH, 2 * self._batch)
+        self._batch = min(MAX_BATCH, self._batch + self._batch // 8 + 1)
+        self._delay_s, self._failing_since = 0.0, None
         return True
 
     def _acknowledge(self, count: int, position: int | None) -> None:

@@ -21,6 +21,8 @@ _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 def reach(uri: str, *, attempts: int = 3, timeout_s: float = 3.0) -> None:
     """Return when something answers at `uri`; MLflow's own client would try for minutes.
 
+    A refusal is tried again (servers are restarted), silence is not.
+
     Raises:
         OSError: nothing answers, or a server in trouble.
         sqlite3.Error: the file is no database, or cannot be written.
@@ -29,8 +31,11 @@ def reach(uri: str, *, attempts: int = 3, timeout_s: float = 3.0) -> None:
         try:
             _reach_once(uri, timeout_s)
             return
-        except OSError:
-            if attempt + 1 == attempts:
+        except OSError as error:
+            silent = isinstance(error, TimeoutError) or isinstance(
+                getattr(error, "reason", None), TimeoutError
+            )
+            if silent or attempt + 1 == attempts:
                 raise
             time.sleep(0.5 * (attempt + 1))
 

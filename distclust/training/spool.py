@@ -41,8 +41,8 @@ class Spool:
     """The JSON lines that still have to be sent.
 
     Records other than metrics (parameters, tags, the final status) are kept until `tracking.replay`; metrics
-    are also read back by the sink itself, in the order in which they were written. The driver may append while the
-    sink's process reads; within a process, every method may be called from any thread.
+    are also read back by the sink itself, in the order in which they were written. The driver may append
+    while the sink's process reads; within a process, every method may be called from any thread.
     """
 
     def __init__(self, path: Path | str):
@@ -76,7 +76,8 @@ class Spool:
     def records(self) -> Iterator[dict[str, Any]]:
         """All records, oldest first; what a killed process left half-written is skipped with a warning."""
         for record, _ in self._read(0):
-            yield record
+            if record["type"] != "torn":
+                yield record
 
     def read_points(self, limit: int) -> tuple[list[MetricPoint], int | None]:
         """Up to `limit` points after the last `advance`, and the position behind them (None: no more)."""
@@ -113,9 +114,10 @@ class Spool:
         taken = self.path.with_name(self.path.name + ".sent")
         os.replace(self.path, taken)  # first out of the driver's way, which may append at any time
         self._offset = 0
-        kept = [record for record, _ in _records(taken, 0) if record["type"] != "metric"]
+        kept = [record for record, _ in _records(taken, 0) if record["type"] not in ("metric", "torn")]
         if any(record["type"] != "run" for record in kept):
             self.append(kept)
+            self._offset = self.path.stat().st_size
         taken.unlink()
 
     def _read(self, start: int) -> Iterator[tuple[dict[str, Any], int]]:
@@ -123,7 +125,7 @@ class Spool:
 
 
 def _records(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """The whole records of a file from byte `start` on, each with the position behind it."""
+    """The lines of a file from byte `start` on, each with the position behind it; a fragment is "torn"."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -137,7 +139,7 @@ def _records(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
             except (ValueError, TypeError):
                 if line.strip():
                     logger.warning("%s: a half-written line ending at byte %d is skipped", path, position)
-                continue
+                record = {"type": "torn"}
             yield record, position
 
 
