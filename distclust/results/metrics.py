@@ -119,6 +119,8 @@ def _nmi(counts: npt.NDArray[np.int64]) -> tuple[float, float]:
     used_rows, used_columns = int(np.count_nonzero(rows)), int(np.count_nonzero(columns))
     if used_rows <= 1 and used_columns <= 1:
         return 1.0, 1.0
+    if used_rows <= 1 or used_columns <= 1:
+        return 0.0, 0.0
     row, column = np.nonzero(counts)
     cell = counts[row, column].astype(np.float64)
     total = float(rows.sum())

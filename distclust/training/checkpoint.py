@@ -28,7 +28,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
+import safetensors
 import safetensors.torch
+import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
@@ -41,7 +43,8 @@ _VERSION = 1
 _PIECE = 16 * 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _GROUP = re.compile(r"[A-Za-z0-9_-]+")
-_OUR_FILE = re.compile(r"(?:COMMIT|state(?:\.\d+)?\.json|[A-Za-z0-9_-]+(?:\.\d+)?\.safetensors)(?:\.part)?")
+_DATA_FILE = re.compile(r"(?:state(?:\.\d+)?\.json|[A-Za-z0-9_-]+(?:\.\d+)?\.safetensors)")
+_OUR_FILE = re.compile(rf"(?:COMMIT|{_DATA_FILE.pattern})(?:\.part)?")
 
 
 class CheckpointStore:
@@ -72,30 +75,30 @@ class CheckpointStore:
         self._check_names(name, tensors)
         text = _to_json(state, what=f"the state of checkpoint {name}")
         folder = posixpath.join(self._root, name)
-        generation = self._generation(folder) + 1
-        suffix = "" if generation == 1 else f".{generation}"
-        new_folder = not self._fs.exists(folder)
         written: list[str] = []
+        existed, commit = True, b""
         try:
+            existed = self._fs.exists(folder)
+            generation = self._generation(folder) + 1
+            suffix = "" if generation == 1 else f".{generation}"
             self._make_folder(folder)
             listed: dict[str, dict[str, Any]] = {}
             for group, named in tensors.items():
-                file = f"{group}{suffix}.safetensors"
-                written.append(file)
-                listed[file] = self._write(folder, file, safetensors.torch.save(_plain(named)))
-            file = f"state{suffix}.json"
-            written.append(file)
-            listed[file] = self._write(folder, file, text.encode())
+                written.append(f"{group}{suffix}.safetensors")
+                data = safetensors.torch.save(_plain(named, group))
+                listed[written[-1]] = self._write(folder, written[-1], data)
+            written.append(f"state{suffix}.json")
+            listed[written[-1]] = self._write(folder, written[-1], text.encode())
             commit = _commit_bytes(generation, listed)
+            written += [COMMIT] if generation == 1 else []
             self._write(folder, COMMIT, commit)
         except BaseException as error:
-            self._clean(folder, written, new_folder)
-            if not isinstance(error, Exception):
+            # an interrupt, or a storage that complains on closing, may come after COMMIT took effect
+            if not (commit and self._is_committed(folder, commit)):
+                self._clean(folder, written, remove_folder=not existed)
+            if not isinstance(error, Exception) or isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(
-                f"could not write checkpoint {self._show(folder)}: {error}; nothing of it was kept, and the "
-                "checkpoints before it are as they were: free space or choose another storage, then run again"
-            ) from error
+            raise CheckpointError(_write_failed(self._show(folder), tensors, error)) from error
         self._known[name] = hashlib.sha256(commit).hexdigest()
         self._drop_unlisted(folder, listed)
         return self._show(folder)
@@ -144,6 +147,13 @@ class CheckpointStore:
                     state = json.loads(data)
                 else:
                     tensors[file.split(".")[0]] = safetensors.torch.load(data)
+        except (safetensors.SafetensorError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{posixpath.join(folder, file)} matches COMMIT but does not parse: {error}; "
+                "expected a file that distclust wrote: take another checkpoint"
+            ) from error
         except _Damage as damage:
             raise CheckpointError(
                 f"{damage}; expected the bytes that were saved: take an earlier checkpoint"
@@ -221,14 +231,20 @@ class CheckpointStore:
                     out.write(bytes(piece))
         return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-    def _clean(self, folder: str, written: Sequence[str], new_folder: bool) -> None:
+    def _is_committed(self, folder: str, commit: bytes) -> bool:
+        try:
+            return _read_all(self._fs, posixpath.join(folder, COMMIT)) == commit
+        except (_Damage, CheckpointError, OSError):
+            return False
+
+    def _clean(self, folder: str, written: Sequence[str], remove_folder: bool) -> None:
         paths = [posixpath.join(folder, file) for file in written]
-        paths += [path + ".part" for path in [*paths, posixpath.join(folder, COMMIT)]]
+        paths += [path + ".part" for path in {*paths, posixpath.join(folder, COMMIT)}]
         try:
             for path in paths:
                 if self._fs.exists(path):
                     self._fs.rm_file(path)
-            if new_folder and self._fs.exists(folder):
+            if remove_folder and self._fs.exists(folder):
                 self._fs.rm(folder, recursive=True)
         except Exception as error:  # noqa: BLE001 - a storage may raise anything
             logger.warning("could not remove what a failed write left in %s: %s", self._show(folder), error)
@@ -388,17 +404,32 @@ def _check_plain(value: Any, what: str, path: str) -> None:
     )
 
 
-def _plain(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _plain(named: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
     """Contiguous on the CPU and without shared memory, as safetensors wants them."""
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise CheckpointError(
+                f"'{name}' of group '{group}' is {kind}; expected a dense tensor: densify it, or put it into the state"
+            )
         ready = tensor.detach().to("cpu").contiguous()
         if ready.untyped_storage().data_ptr() in seen:
             ready = ready.clone()
         seen.add(ready.untyped_storage().data_ptr())
         plain[name] = ready
     return plain
+
+
+def _write_failed(shown: str, tensors: Mapping[str, Mapping[str, Tensor]], error: Exception) -> str:
+    size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values()) / 2**20
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "free space or choose another storage" if full else "check the storage and its rights"
+    return (
+        f"could not write checkpoint {shown} ({size:.1f} MiB): {error}; what was written of it was removed and "
+        f"the checkpoints before it are as they were: {advice}, then run again"
+    )
 
 
 def _commit_bytes(generation: int, listed: Mapping[str, Mapping[str, Any]]) -> bytes:
@@ -420,18 +451,23 @@ def _read_commit(fs: Any, folder: str) -> tuple[dict[str, Any], str]:
         raise _Damage(f"{path} is missing: the checkpoint was never finished, or is none") from None
     try:
         content = json.loads(data)
-        own = content.pop("sha256")
-        files = content["files"]
-        names = [file for file in files if not _OUR_FILE.fullmatch(file)]
-        whole = own == _digest(content) and not names
+        whole = content.pop("sha256") == _digest(content)
+        version = content["version"]
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise _Damage(f"{path} is damaged: it is not the JSON that was written")
-    if content["version"] != _VERSION:
+    if version != _VERSION:
         raise CheckpointError(
-            f"{path} is of format version {content['version']}; this distclust reads version {_VERSION}: "
+            f"{path} is of format version {version}; this distclust reads version {_VERSION}: "
             "use the version that wrote it"
+        )
+    # the digest guards against accidents only: a made-up COMMIT must not lead outside its folder
+    files = content.get("files")
+    strange = [file for file in files if not _DATA_FILE.fullmatch(file)] if isinstance(files, dict) else [files]
+    if strange:
+        raise _Damage(
+            f"{path} lists {strange[0]!r}: expected files of this folder, safetensors and JSON only"
         )
     return content, hashlib.sha256(data).hexdigest()
 
@@ -484,8 +520,11 @@ def _listing(fs: Any, folder: str) -> dict[str, str]:
 
 
 def _sync_folder(folder: str) -> None:
+    """Make a rename last through a power cut; some network file systems cannot, and the rename holds all the same."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        logger.debug("could not flush the folder %s: %s", folder, error)
     finally:
         os.close(handle)

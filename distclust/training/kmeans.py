@@ -7,6 +7,8 @@ FAISS; where FAISS is not installed scikit-learn iterates too.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,10 +24,15 @@ logger = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.floating[Any]]
 
-# k-means++ is quadratic in practice (rows x clusters distances, one cluster at a time): a sample is as good a start
+# k-means++ passes over all rows once a cluster, on one core: a sample gives as good a start
 _SEEDING_ROWS = 20_000
+# iterations between looks at the objective, and the relative gain in them below which a restart ends
+_ROUND = 10
+_SETTLED = 1e-5
 _BLOCK_BYTES = 32 * 2**20
-_warned: set[str] = set()
+# multiplications of an iteration (rows x dimensions x clusters) from which several threads gain
+_PARALLEL_FROM = 100_000_000
+_TOO_LARGE = 1e15  # squares of larger values, summed, leave float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,19 +79,23 @@ def fit_kmeans(
     rows = _checked(codes, n_clusters)
     if restarts < 1 or iterations < 1:
         raise ValueError(f"restarts={restarts}, iterations={iterations}; expected 1 or more of each")
+    # distances are expanded squares in float32: an offset common to all rows would cost their digits
+    mean = rows.mean(axis=0, dtype=np.float64)
+    centred = np.subtract(rows, mean, out=np.empty_like(rows), casting="unsafe")
     faiss = _load_faiss()
     gpus = _gpus(faiss) if gpu else 0
     backend = "scikit-learn" if faiss is None else "faiss-gpu" if gpus else "faiss-cpu"
     best: tuple[float, npt.NDArray[np.float32], int] | None = None
-    for state in np.random.SeedSequence(seed).generate_state(restarts):
-        start = _start(rows, n_clusters, int(state))
-        if faiss is None:
-            centroids, splits = _lloyd_sklearn(rows, start, iterations), 0
-        else:
-            centroids, splits = _lloyd_faiss(faiss, rows, start, iterations, gpus > 0)
-        centroids, objective, moved = _repair(rows, centroids)
-        if best is None or objective < best[0]:
-            best = objective, centroids, splits + moved
+    with _threads(rows.size * n_clusters):
+        for state in np.random.SeedSequence(seed).generate_state(restarts):
+            start = _start(centred, n_clusters, int(state))
+            if faiss is None:
+                centroids, splits = _lloyd_sklearn(centred, start, iterations), 0
+            else:
+                centroids, splits = _lloyd_faiss(faiss, centred, start, iterations, gpus > 0)
+            centroids, objective, moved = _repair(rows, (centroids + mean).astype(np.float32))
+            if best is None or objective < best[0]:
+                best = objective, centroids, splits + moved
     assert best is not None
     logger.info(
         "k-means (%s): %d rows x %d, %d clusters, best objective of %d restarts %.6g, %d empty clusters repaired",
@@ -108,26 +119,53 @@ def assign_to_centroids(
 
     Returns:
         labels (S,) int64 and *squared* Euclidean distances (S,) float64; the sum of the latter is the objective.
+
+    Raises:
+        DataError: shapes that do not fit, or rows that are not finite.
     """
     centres = np.asarray(centroids, dtype=np.float64)
+    if not len(centres) or centres.shape[1:] != codes.shape[1:]:
+        raise DataError(
+            f"codes of shape {codes.shape} and centroids {centres.shape}; expected (S, J) and (K, J), K > 0"
+        )
     labels = np.empty(len(codes), dtype=np.int64)
     distances = np.empty(len(codes), dtype=np.float64)
     centre_norms = np.einsum("kj,kj->k", centres, centres)
+    epsilon = 4.0 * (codes.shape[1] + 4) * np.finfo(np.float64).eps
     for block in _blocks(len(codes), len(centres) + codes.shape[1]):
         rows = np.asarray(codes[block], dtype=np.float64)
         norms = np.einsum("sj,sj->s", rows, rows)
+        if not np.isfinite(norms).all():
+            row = block.start + int(np.flatnonzero(~np.isfinite(norms))[0])
+            raise DataError(
+                f"row {row} of the codes holds NaN or infinity; expected finite codes: see what made them"
+            )
         squared = norms[:, None] - 2.0 * (rows @ centres.T) + centre_norms
         nearest = squared.argmin(axis=1)
-        # the expanded square cancels and its last bits depend on the block: what it cannot tell apart is
-        # decided by the plain difference
-        slack = 1e-13 * (norms + centre_norms.max(initial=0.0))
+        # The expanded square cancels, and its last bits depend on the shape of the block: what it cannot tell
+        # apart is decided by plain differences.
+        slack = epsilon * (norms + centre_norms.max())
         rivals = squared <= (squared[np.arange(len(rows)), nearest] + slack)[:, None]
-        for row in np.flatnonzero(rivals.sum(axis=1) > 1):
-            among = np.flatnonzero(rivals[row])
-            nearest[row] = among[((rows[row] - centres[among]) ** 2).sum(axis=1).argmin()]
+        unsure = np.flatnonzero(np.count_nonzero(rivals, axis=1) > 1)
+        if unsure.size:
+            nearest[unsure] = _decide(rows[unsure], centres, rivals[unsure])
         labels[block] = nearest
         distances[block] = ((rows - centres[nearest]) ** 2).sum(axis=1)
     return labels, distances
+
+
+def _decide(
+    rows: npt.NDArray[np.float64], centres: npt.NDArray[np.float64], rivals: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """The nearest among each row's rivals (S, K), the lowest index on a tie: a sum in the order of the dimensions."""
+    row, rival = np.nonzero(rivals)
+    squared = np.zeros(len(row))
+    for dimension in range(rows.shape[1]):
+        squared += (rows[row, dimension] - centres[rival, dimension]) ** 2
+    first = np.searchsorted(row, np.arange(len(rows)))
+    smallest = np.minimum.reduceat(squared, first)
+    is_nearest = np.flatnonzero(squared == smallest[row])
+    return rival[is_nearest[np.searchsorted(row[is_nearest], np.arange(len(rows)))]]
 
 
 def count_distinct(codes: Floats, enough: int) -> int:
@@ -140,19 +178,31 @@ def count_distinct(codes: Floats, enough: int) -> int:
         rows = min(len(codes), 4 * rows)
 
 
+@functools.cache
 def _load_faiss() -> ModuleType | None:
-    """FAISS, or nothing with one warning: it is an optional extra (cpu or gpu)."""
+    """FAISS, or nothing and one warning: it is an optional extra (cpu or gpu)."""
     try:
         import faiss
     except ImportError:
-        if "faiss" not in _warned:
-            _warned.add("faiss")
-            logger.warning(
-                "FAISS is not installed: scikit-learn's k-means initialises instead, slower on large samples; "
-                "pip install 'distclust[cpu]' (or [gpu]) for FAISS"
-            )
+        logger.warning(
+            "FAISS is not installed: scikit-learn's k-means initialises instead, slower on many cores or a GPU; "
+            "pip install 'distclust[cpu]' (or 'distclust[gpu]') adds it"
+        )
         return None
     return faiss
+
+
+def _threads(products: int) -> contextlib.AbstractContextManager[Any]:
+    """One thread where an iteration is a matter of milliseconds, all that the process may use otherwise.
+
+    Threads that wait for each other spin: with other processes on the same cores (workers of this very run) a small
+    k-means was seen to take 20 times as long with two threads as with one.
+    """
+    if products >= _PARALLEL_FROM:
+        return contextlib.nullcontext()
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(limits=1)
 
 
 def _gpus(faiss: ModuleType | None) -> int:
@@ -169,12 +219,12 @@ def _checked(codes: Floats, n_clusters: int) -> npt.NDArray[np.float32]:
             f"codes are a {array.dtype} array of shape {array.shape}; expected (rows, dimensions) floats"
         )
     rows = np.ascontiguousarray(array, dtype=np.float32)
-    finite = np.isfinite(rows).all(axis=1)
-    if not finite.all():
-        bad = np.flatnonzero(~finite)
+    usable = (np.abs(rows) < _TOO_LARGE).all(axis=1)  # false for NaN too
+    if not usable.all():
+        bad = np.flatnonzero(~usable)
         raise DataError(
-            f"{bad.size} of {len(rows)} rows to cluster hold NaN or infinity (first: row {bad[0]}); expected finite "
-            "codes: the training before the initialisation diverged, lower its learning rate"
+            f"{bad.size} of {len(rows)} rows to cluster hold NaN, infinity or values beyond {_TOO_LARGE:.0e} (first: "
+            f"row {bad[0]}); expected finite codes: the training before diverged, lower its learning rate"
         )
     if n_clusters < 1:
         raise DataError(f"{n_clusters} clusters asked; expected 1 or more")
@@ -205,20 +255,27 @@ def _lloyd_faiss(
     iterations: int,
     gpu: bool,
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """Centroids (K, J) and how many empty clusters FAISS split off big ones."""
-    kmeans = faiss.Kmeans(
-        rows.shape[1],
-        len(start),
-        niter=iterations,
-        nredo=1,
-        gpu=gpu,
-        verbose=False,
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(rows),  # the default of 256 subsamples silently
-    )
-    kmeans.train(rows, init_centroids=start)
-    splits = sum(int(stats["nsplit"]) for stats in kmeans.iteration_stats)
-    return np.array(kmeans.centroids, dtype=np.float32).reshape(start.shape), splits
+    """Centroids (K, J) and how many empty clusters were given half of a big one, which FAISS does as it goes."""
+    centroids, splits = start, 0
+    # FAISS always makes all its iterations: in rounds, so that a restart that has settled can end
+    for done in range(0, iterations, _ROUND):
+        kmeans = faiss.Kmeans(
+            rows.shape[1],
+            len(start),
+            niter=min(_ROUND, iterations - done),
+            nredo=1,
+            gpu=gpu,
+            verbose=False,
+            min_points_per_centroid=1,
+            max_points_per_centroid=len(rows),  # the default of 256 subsamples silently
+        )
+        kmeans.train(rows, init_centroids=centroids)
+        centroids = np.array(kmeans.centroids, dtype=np.float32).reshape(start.shape)
+        stats = kmeans.iteration_stats
+        splits += sum(int(entry["nsplit"]) for entry in stats)
+        if stats[0]["obj"] - stats[-1]["obj"] <= _SETTLED * stats[-1]["obj"]:
+            break
+    return centroids, splits
 
 
 def _lloyd_sklearn(

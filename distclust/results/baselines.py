@@ -1,0 +1,157 @@
+"""What a simple method finds in the same documents: the figures that stand beside every deep one.
+
+* ``k-means``: on the rows as they are (TF-IDF, or dense input), 10 restarts;
+* ``LSA + k-means``: 50 singular directions (Deerwester et al. 1990), rows scaled to length 1, k-means, 10 restarts;
+* ``AE + k-means``: on the codes of the pretrained autoencoder, as they are and scaled to length 1.
+
+No labels come in here. Above `max_rows` documents everything is fitted on an evenly drawn sample and all documents
+are then assigned, a shard at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distclust.training.kmeans import assign_to_centroids, count_distinct, fit_kmeans
+
+if TYPE_CHECKING:
+    from distclust.corpus.shards import Corpus
+
+logger = logging.getLogger(__name__)
+
+Labels = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Rows = Any  # scipy CSR matrix or dense array (n, D)
+
+LSA_DIRECTIONS = 50
+_RESTARTS = 10
+_BLOCK_ROWS = 16_384
+
+
+def corpus_baselines(
+    corpus: Corpus, n_clusters: int, seed: int, max_rows: int = 200_000
+) -> dict[str, Labels]:
+    """Cluster a prepared corpus without any network.
+
+    Args:
+        corpus: sparse or dense, `corpus.shards.Corpus`.
+        n_clusters: K; fewer are made, with a warning, where the documents (or their LSA rows) do not differ enough.
+        seed: of the starts, the sample and the singular directions.
+        max_rows: documents fitted on at most; they are held in memory at once, the others a block at a time.
+
+    Returns:
+        ``{"k-means": labels, "LSA + k-means": labels}``, each (corpus.n_rows,) in the order of the corpus.
+    """
+    from sklearn.decomposition import TruncatedSVD
+
+    fitted = _gather(corpus, _evenly_drawn(corpus.n_rows, max_rows, seed))
+    found = {"k-means": _assign(corpus, _fit_rows(fitted, n_clusters, seed))}
+    if corpus.n_features < 2:
+        logger.warning("no LSA baseline: it needs two features or more, these documents have one")
+        return found
+    directions = min(LSA_DIRECTIONS, corpus.n_features, fitted.shape[0])
+    svd = TruncatedSVD(directions, random_state=seed)
+    codes = _unit_rows(svd.fit_transform(fitted))
+    centroids = _fit_codes(codes, n_clusters, seed)
+
+    def nearest(rows: Rows) -> Labels:
+        return assign_to_centroids(_unit_rows(svd.transform(rows)), centroids)[0]
+
+    found["LSA + k-means"] = _assign(corpus, nearest)
+    return found
+
+
+def code_baselines(codes: Floats, n_clusters: int, seed: int, max_rows: int = 200_000) -> dict[str, Labels]:
+    """Cluster the codes of an autoencoder by k-means, 10 restarts.
+
+    Args:
+        codes: (N, J) finite, in the order of the corpus.
+        n_clusters: K; fewer are made, with a warning, where the codes have collapsed to fewer distinct rows.
+        seed: of the starts and the sample.
+        max_rows: codes fitted on at most.
+
+    Returns:
+        ``{"AE + k-means": labels, "AE (l2) + k-means": labels}``, each (N,).
+    """
+    sample = _evenly_drawn(len(codes), max_rows, seed)
+    found = {}
+    for name, rows in {"AE + k-means": codes, "AE (l2) + k-means": _unit_rows(codes)}.items():
+        centroids = _fit_codes(rows[sample], n_clusters, seed)
+        found[name] = assign_to_centroids(rows, centroids)[0]
+    return found
+
+
+def _evenly_drawn(n_rows: int, max_rows: int, seed: int) -> npt.NDArray[np.int64]:
+    """Ascending row numbers: all, or one at random out of each of max_rows equal stretches (sorted files stay fair)."""
+    if n_rows <= max_rows:
+        return np.arange(n_rows, dtype=np.int64)
+    edges = np.linspace(0, n_rows, max_rows + 1).astype(np.int64)
+    return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+
+
+def _shard(corpus: Corpus, number: int) -> Rows:
+    """One shard as a CSR matrix or dense array, not copied where the memory map will do."""
+    from scipy.sparse import csr_matrix
+
+    shard = corpus.shard(number)
+    if shard.offsets is None:
+        return shard.dense
+    shape = (len(shard.offsets) - 1, corpus.n_features)
+    return csr_matrix((shard.values, shard.indices, shard.offsets), shape=shape, copy=False)
+
+
+def _gather(corpus: Corpus, rows: npt.NDArray[np.int64]) -> Rows:
+    """The given ascending rows of the corpus, stacked."""
+    from scipy.sparse import vstack
+
+    starts = corpus.shard_starts
+    parts = []
+    for number, (first, last) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        inside = rows[np.searchsorted(rows, first) : np.searchsorted(rows, last)]
+        if inside.size:
+            parts.append(_shard(corpus, number)[inside - first])
+    return np.concatenate(parts) if corpus.kind == "dense" else vstack(parts, format="csr")
+
+
+def _assign(corpus: Corpus, nearest: Callable[[Rows], Labels]) -> Labels:
+    found = []
+    for number in range(len(corpus.shard_rows)):
+        rows = _shard(corpus, number)
+        found += [nearest(rows[at : at + _BLOCK_ROWS]) for at in range(0, rows.shape[0], _BLOCK_ROWS)]
+    return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+
+def _fit_rows(rows: Rows, n_clusters: int, seed: int) -> Callable[[Rows], Labels]:
+    """k-means on the rows of a corpus; dense ones by FAISS, CSR by scikit-learn, which need not fill the zeros in."""
+    if isinstance(rows, np.ndarray):
+        centroids = _fit_codes(rows, n_clusters, seed)
+        return lambda block: assign_to_centroids(block, centroids)[0]
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    # several threads add a centroid up in whatever order they finish
+    with threadpool_limits(limits=1, user_api="openmp"):
+        kmeans = KMeans(min(n_clusters, rows.shape[0]), n_init=_RESTARTS, random_state=seed).fit(rows)
+    return lambda block: kmeans.predict(block).astype(np.int64)
+
+
+def _fit_codes(codes: Floats, n_clusters: int, seed: int) -> Floats:
+    """Centroids (K, J); of fewer clusters where there are fewer distinct rows: a baseline must not end a run."""
+    distinct = count_distinct(codes, n_clusters)
+    if distinct < n_clusters:
+        logger.warning(
+            "a k-means baseline makes %d clusters, not %d: its %d rows hold no more distinct ones",
+            distinct, n_clusters, len(codes),
+        )  # fmt: skip
+    return fit_kmeans(codes, min(n_clusters, distinct), seed=seed, restarts=_RESTARTS).centroids
+
+
+def _unit_rows(rows: npt.NDArray[np.floating[Any]]) -> Floats:
+    """Rows scaled to length 1; rows of zeros stay."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return (rows / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
