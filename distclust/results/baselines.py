@@ -1,11 +1,11 @@
 """What a simple method finds in the same documents: the figures that stand beside every deep one.
 
 * ``k-means``: on the rows as they are (TF-IDF, or dense input), 10 restarts;
-* ``LSA + k-means``: 50 singular directions (Deerwester et al. 1990), rows scaled to length 1, k-means, 10 restarts;
+* ``LSA + k-means``: 50 singular directions (Deerwester et al. 1990), rows scaled to length 1, then as above;
 * ``AE + k-means``: on the codes of the pretrained autoencoder, as they are and scaled to length 1.
 
-No labels come in here. Above `max_rows` documents everything is fitted on an evenly drawn sample and all documents
-are then assigned, a shard at a time.
+No labels come in here. Above `max_rows` documents everything is fitted on an evenly drawn sample, and then
+all documents are assigned, a shard at a time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def corpus_baselines(
 
     Args:
         corpus: sparse or dense, `corpus.shards.Corpus`.
-        n_clusters: K; fewer are made, with a warning, where the documents (or their LSA rows) do not differ enough.
+        n_clusters: K; fewer are made, with a warning, where too few documents (or their LSA rows) differ.
         seed: of the starts, the sample and the singular directions.
         max_rows: documents fitted on at most; they are held in memory at once, the others a block at a time.
 
@@ -87,7 +87,7 @@ def code_baselines(codes: Floats, n_clusters: int, seed: int, max_rows: int = 20
 
 
 def _evenly_drawn(n_rows: int, max_rows: int, seed: int) -> npt.NDArray[np.int64]:
-    """Ascending row numbers: all, or one at random out of each of max_rows equal stretches (sorted files stay fair)."""
+    """Ascending row numbers: all, or one at random out of each of max_rows equal stretches."""
     if n_rows <= max_rows:
         return np.arange(n_rows, dtype=np.int64)
     edges = np.linspace(0, n_rows, max_rows + 1).astype(np.int64)
@@ -127,7 +127,7 @@ def _assign(corpus: Corpus, nearest: Callable[[Rows], Labels]) -> Labels:
 
 
 def _fit_rows(rows: Rows, n_clusters: int, seed: int) -> Callable[[Rows], Labels]:
-    """k-means on the rows of a corpus; dense ones by FAISS, CSR by scikit-learn, which need not fill the zeros in."""
+    """k-means on the rows of a corpus; dense ones by FAISS, CSR by scikit-learn, which leaves it sparse."""
     if isinstance(rows, np.ndarray):
         centroids = _fit_codes(rows, n_clusters, seed)
         return lambda block: assign_to_centroids(block, centroids)[0]
@@ -141,7 +141,7 @@ def _fit_rows(rows: Rows, n_clusters: int, seed: int) -> Callable[[Rows], Labels
 
 
 def _fit_codes(codes: Floats, n_clusters: int, seed: int) -> Floats:
-    """Centroids (K, J); of fewer clusters where there are fewer distinct rows: a baseline must not end a run."""
+    """Centroids (K, J); fewer where there are fewer distinct rows: a baseline must not end a run."""
     distinct = count_distinct(codes, n_clusters)
     if distinct < n_clusters:
         logger.warning(

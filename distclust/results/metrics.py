@@ -1,10 +1,10 @@
 """How well clusters agree with given classes, from the contingency table alone.
 
-The table is additive, so workers count their own documents and the sum is scored: nothing here needs the labels
-of all documents in one place. Conventions (they differ between papers, so both are always given and named):
+The table is additive, so workers count their own documents and the sum is scored: nothing here needs the
+labels of all documents in one place. Conventions (they differ between papers, so both are given and named):
 
 * NMI geometric, ``I / sqrt(H(classes) H(clusters))``: DAMIC, DEC, IDEC, DCN, VaDE (scikit-learn before 0.22);
-* NMI arithmetic, ``2 I / (H(classes) + H(clusters))``: DMAE, AE-CM (scikit-learn since 0.22). Never the larger one;
+* NMI arithmetic, ``2 I / (H(classes) + H(clusters))``: DMAE, AE-CM (scikit-learn since 0.22), never larger;
 * ARI: Hubert and Arabie 1985;
 * ACC: the share of documents on the best one-to-one matching of clusters to classes (Hungarian method); with
   unequal numbers what has no partner counts as wrong, as padding with zeros to a square does.
@@ -61,7 +61,7 @@ def contingency(
             f"{classes.size} labels for {found.size} clusters; expected one label a document: "
             "leave out the documents without exactly one label on both sides"
         )
-    # one number a cell: at a million documents a loop or a sparse matrix takes seconds, this takes milliseconds
+    # one number a cell: for a million documents this takes milliseconds, a loop seconds
     cells = np.bincount(classes * n_clusters + found, minlength=n_classes * n_clusters)
     return cells.astype(np.int64, copy=False).reshape(n_classes, n_clusters)
 
@@ -69,9 +69,9 @@ def contingency(
 def scores(table: npt.ArrayLike) -> Scores:
     """All four scores of a (C, K) contingency table of counts.
 
-    The same figures as scikit-learn's, its conventions for degenerate tables included: one class and one cluster,
-    or no documents at all, score 1 (so say "not scored" instead where nothing was labelled); one of them alone
-    being trivial scores NMI and ARI 0.
+    The same figures as scikit-learn's, its conventions for degenerate tables included: one class and one
+    cluster, or no documents at all, score 1 (so say "not scored" where nothing was labelled); one of the two
+    alone being trivial scores NMI and ARI 0.
 
     Raises:
         DataError: not a two-dimensional table of non-negative whole numbers.

@@ -8,10 +8,10 @@ On disk, under the root of a run (a local path or any fsspec URL)::
       state.json              everything else that resumes: plain JSON
       COMMIT                  JSON, written last: bytes and sha256 of each file, and its own
 
-A checkpoint is valid when COMMIT is there and every file that it lists is there and matches. Files that it does not
-list are never read; nothing is unpickled. Saving under a name that exists writes files with a new generation in
-their names (``model.2.safetensors``) beside the old ones, then replaces COMMIT: the name is valid throughout.
-Local files are written under a temporary name, flushed to the disk and renamed.
+A checkpoint is valid when COMMIT is there and every file that it lists is there and matches. Files that it
+does not list are never read; nothing is unpickled. Saving under a name that exists writes files with a new
+generation in their names (``model.2.safetensors``) beside the old ones, then replaces COMMIT: the name is
+valid throughout. Local files are written under a temporary name, flushed to the disk and renamed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import posixpath
 import re
@@ -35,6 +34,9 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from distclust.errors import CheckpointError
+from distclust.training.differences import differences
+
+__all__ = ["CheckpointStore", "differences"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +59,17 @@ class CheckpointStore:
             root: folder, as a path or an fsspec URL.
         """
         self._fs, self._root = fsspec.core.url_to_fs(root)
-        # names whose bytes this process wrote or hashed, with the COMMIT that says so: prune need not hash them again
+        # name -> sha256 of its COMMIT, where this process wrote or verified it: prune need not hash again
         self._known: dict[str, str] = {}
 
     def save(self, name: str, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> str:
         """Write a checkpoint and return its path (absolute, or a URL), as `load` takes it.
 
         Args:
-            name: of the folder; names sort by time (``step-000000123``). A valid one of that name is replaced.
-            tensors: groups of named tensors, any device, layout and sharing; an empty group is kept.
-            state: JSON values only: dict with text keys, list or tuple (read back as list), str, int, float, bool, None.
+            name: of the folder; names sort by time (``step-000000123``). One of that name is replaced.
+            tensors: groups of named dense tensors, any device, strides and sharing; an empty group is kept.
+            state: JSON values only: dict with text keys, list or tuple (read back as list), str, int, float,
+                bool, None.
 
         Raises:
             CheckpointError: an impossible name or state, or a failed write (disk full): what was written is
@@ -106,8 +109,8 @@ class CheckpointStore:
     def latest(self) -> str | None:
         """Path of the newest valid checkpoint by name, or None; every byte of it was verified.
 
-        Folders without COMMIT (a write that was cut off) are passed over; a damaged one gives a warning that names
-        the file, and the one before it is taken.
+        Folders without COMMIT (a write that was cut off) are passed over; a damaged one gives a warning that
+        names the file, and the one before it is taken.
 
         Raises:
             CheckpointError: the storage cannot be read (permission, network): that is no damage.
@@ -154,7 +157,7 @@ class CheckpointStore:
                 f"{posixpath.join(folder, file)} matches COMMIT but does not parse: {error}; "
                 "expected a file that distclust wrote: take another checkpoint"
             ) from error
-        except _Damage as damage:
+        except _DamageError as damage:
             raise CheckpointError(
                 f"{damage}; expected the bytes that were saved: take an earlier checkpoint"
             ) from None
@@ -198,11 +201,11 @@ class CheckpointStore:
                 raise CheckpointError(f"tensor group {group!r}; expected letters, digits, '-' and '_' only")
 
     def _generation(self, folder: str) -> int:
-        """Of the checkpoint that is there, 0 without one; an unreadable COMMIT is removed, it protects nothing."""
+        """Of the checkpoint that is there, or 0; an unreadable COMMIT protects nothing and is removed."""
         try:
             commit, _ = _read_commit(self._fs, folder)
             return int(commit["generation"])
-        except _Damage:
+        except _DamageError:
             path = posixpath.join(folder, COMMIT)
             if self._fs.exists(path):
                 self._fs.rm_file(path)
@@ -234,7 +237,7 @@ class CheckpointStore:
     def _is_committed(self, folder: str, commit: bytes) -> bool:
         try:
             return _read_all(self._fs, posixpath.join(folder, COMMIT)) == commit
-        except (_Damage, CheckpointError, OSError):
+        except (_DamageError, CheckpointError, OSError):
             return False
 
     def _clean(self, folder: str, written: Sequence[str], remove_folder: bool) -> None:
@@ -288,7 +291,7 @@ class CheckpointStore:
             for file, expected in commit["files"].items():
                 for _ in _verified(self._fs, posixpath.join(folder, file), expected):
                     pass
-        except _Damage as damage:
+        except _DamageError as damage:
             return str(damage)
         self._known[posixpath.basename(folder)] = digest
         return None
@@ -303,12 +306,12 @@ class CheckpointStore:
             sizes = all(
                 self._fs.size(posixpath.join(folder, file)) == expected["bytes"] for file, expected in files
             )
-        except (_Damage, OSError):
+        except (_DamageError, OSError):
             return False
         return sizes and digest == self._known[name]
 
     def _is_ours(self, name: str) -> bool:
-        """Whether a folder without COMMIT holds nothing but what `save` writes: others' folders are never removed."""
+        """Whether a folder holds nothing but what `save` writes: the folders of others are never removed."""
         try:
             files = _listing(self._fs, posixpath.join(self._root, name))
         except OSError:
@@ -328,52 +331,7 @@ class CheckpointStore:
             logger.warning("could not remove the old checkpoint %s: %s", self._show(folder), error)
 
 
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Where two nested configurations differ, a readable line each, in the order of the saved one.
-
-    Tuples equal lists (JSON has only lists) and 1 equals 1.0; True does not equal 1.
-    ``["clusters: 9 in the checkpoint, 10 asked", "optimizer.lr: 0.1 in the checkpoint, not set now"]``
-    """
-    return list(_differences(saved, current, ""))
-
-
-def _differences(saved: Any, current: Any, path: str) -> Iterator[str]:
-    if isinstance(saved, Mapping) and isinstance(current, Mapping):
-        for key in [*saved, *(key for key in current if key not in saved)]:
-            below = f"{path}.{key}" if path else str(key)
-            if key not in current:
-                yield f"{below}: {_short(saved[key])} in the checkpoint, not set now"
-            elif key not in saved:
-                yield f"{below}: not in the checkpoint, {_short(current[key])} asked"
-            else:
-                yield from _differences(saved[key], current[key], below)
-    elif _is_list(saved) and _is_list(current) and len(saved) == len(current):
-        for place, (old, new) in enumerate(zip(saved, current, strict=True)):
-            yield from _differences(old, new, f"{path}[{place}]")
-    elif not _equal(saved, current):
-        yield f"{path}: {_short(saved)} in the checkpoint, {_short(current)} asked"
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-def _equal(saved: Any, current: Any) -> bool:
-    if isinstance(saved, bool) or isinstance(current, bool):
-        return saved is current
-    return bool(saved == current) or (_is_nan(saved) and _is_nan(current))
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
-def _short(value: Any) -> str:
-    text = str(value) if isinstance(value, (str, int, float)) else json.dumps(value, default=str)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-class _Damage(Exception):
+class _DamageError(Exception):
     """A file of a checkpoint that is missing or not what was saved."""
 
 
@@ -394,7 +352,7 @@ def _check_plain(value: Any, what: str, path: str) -> None:
                 )
             _check_plain(below, what, f"{path}.{key}" if path else key)
         return
-    if _is_list(value):
+    if isinstance(value, (list, tuple)):
         for place, below in enumerate(value):
             _check_plain(below, what, f"{path}[{place}]")
         return
@@ -412,7 +370,7 @@ def _plain(named: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
             raise CheckpointError(
-                f"'{name}' of group '{group}' is {kind}; expected a dense tensor: densify it, or put it into the state"
+                f"'{name}' of group '{group}' is {kind}; expected a dense tensor: convert it"
             )
         ready = tensor.detach().to("cpu").contiguous()
         if ready.untyped_storage().data_ptr() in seen:
@@ -427,7 +385,7 @@ def _write_failed(shown: str, tensors: Mapping[str, Mapping[str, Tensor]], error
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     advice = "free space or choose another storage" if full else "check the storage and its rights"
     return (
-        f"could not write checkpoint {shown} ({size:.1f} MiB): {error}; what was written of it was removed and "
+        f"could not write checkpoint {shown} ({size:.1f} MiB): {error}; what was written was removed, and "
         f"the checkpoints before it are as they were: {advice}, then run again"
     )
 
@@ -448,7 +406,7 @@ def _read_commit(fs: Any, folder: str) -> tuple[dict[str, Any], str]:
     try:
         data = _read_all(fs, path)
     except FileNotFoundError:
-        raise _Damage(f"{path} is missing: the checkpoint was never finished, or is none") from None
+        raise _DamageError(f"{path} is missing: the checkpoint was never finished, or is none") from None
     try:
         content = json.loads(data)
         whole = content.pop("sha256") == _digest(content)
@@ -456,7 +414,7 @@ def _read_commit(fs: Any, folder: str) -> tuple[dict[str, Any], str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise _Damage(f"{path} is damaged: it is not the JSON that was written")
+        raise _DamageError(f"{path} is damaged: it is not the JSON that was written")
     if version != _VERSION:
         raise CheckpointError(
             f"{path} is of format version {version}; this distclust reads version {_VERSION}: "
@@ -464,9 +422,11 @@ def _read_commit(fs: Any, folder: str) -> tuple[dict[str, Any], str]:
         )
     # the digest guards against accidents only: a made-up COMMIT must not lead outside its folder
     files = content.get("files")
-    strange = [file for file in files if not _DATA_FILE.fullmatch(file)] if isinstance(files, dict) else [files]
+    strange = (
+        [file for file in files if not _DATA_FILE.fullmatch(file)] if isinstance(files, dict) else [files]
+    )
     if strange:
-        raise _Damage(
+        raise _DamageError(
             f"{path} lists {strange[0]!r}: expected files of this folder, safetensors and JSON only"
         )
     return content, hashlib.sha256(data).hexdigest()
@@ -486,9 +446,9 @@ def _pieces(fs: Any, path: str) -> Iterator[bytes]:
         raise
     except OSError as error:
         if error.errno == errno.EIO:
-            raise _Damage(f"{path} cannot be read: {error}") from error
+            raise _DamageError(f"{path} cannot be read: {error}") from error
         raise CheckpointError(
-            f"could not read {path}: {error}; expected a readable checkpoint: check the storage and its rights"
+            f"could not read {path}: {error}; expected a readable file: check the storage and its rights"
         ) from error
 
 
@@ -498,19 +458,19 @@ def _verified(fs: Any, path: str, expected: Mapping[str, Any]) -> Iterator[bytes
     try:
         found = fs.size(path)
         if found != expected["bytes"]:
-            raise _Damage(f"{path} is damaged: {found} bytes, {expected['bytes']} were saved")
+            raise _DamageError(f"{path} is damaged: {found} bytes, {expected['bytes']} were saved")
         for piece in _pieces(fs, path):
             digest.update(piece)
             size += len(piece)
             yield piece
     except FileNotFoundError:
-        raise _Damage(f"{path} is missing") from None
+        raise _DamageError(f"{path} is missing") from None
     if size != expected["bytes"] or digest.hexdigest() != expected["sha256"]:
-        raise _Damage(f"{path} is damaged: its sha256 is not the one that was saved")
+        raise _DamageError(f"{path} is damaged: its sha256 is not the one that was saved")
 
 
 def _listing(fs: Any, folder: str) -> dict[str, str]:
-    """Names in a folder with 'file' or 'directory', fresh from the storage; empty where there is no folder."""
+    """Names in a folder with 'file' or 'directory', asked anew; empty where there is no folder."""
     fs.invalidate_cache(folder)
     try:
         entries = fs.ls(folder, detail=True)
@@ -520,7 +480,7 @@ def _listing(fs: Any, folder: str) -> dict[str, str]:
 
 
 def _sync_folder(folder: str) -> None:
-    """Make a rename last through a power cut; some network file systems cannot, and the rename holds all the same."""
+    """Make a rename last through a power cut, where the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

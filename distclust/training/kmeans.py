@@ -1,8 +1,8 @@
 """k-means for initialising cluster parameters: k-means++ starts, FAISS Lloyd, the best of several restarts.
 
-Measured on 400,000 x 10 with 20 clusters: FAISS's own random start ends at 5.70e6, scikit-learn's k-means++ start
-followed by FAISS at 4.00e6, in 0.2 s. So each restart takes its start from scikit-learn and its iterations from
-FAISS; where FAISS is not installed scikit-learn iterates too.
+Measured on 400,000 x 10 with 20 clusters: FAISS's own random start ends at 5.70e6, scikit-learn's k-means++
+start followed by FAISS at 4.00e6. So each restart takes its start from scikit-learn and its iterations from
+FAISS; where FAISS is not installed scikit-learn iterates too, from the same starts.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def fit_kmeans(
 ) -> KMeansResult:
     """Cluster rows by k-means (Lloyd 1957, k-means++ starts of Arthur and Vassilvitskii 2007).
 
-    The same codes and seed give the same centroids. All rows are used (FAISS's silent subsampling is off): draw a
-    sample first where there are too many. For spherical codes normalise them first.
+    The same codes and seed give the same centroids. All rows are used (FAISS's silent subsampling is off):
+    draw a sample first where there are too many. For spherical codes normalise them first.
 
     Args:
         codes: (S, J) finite rows; computed in float32.
@@ -98,7 +98,7 @@ def fit_kmeans(
                 best = objective, centroids, splits + moved
     assert best is not None
     logger.info(
-        "k-means (%s): %d rows x %d, %d clusters, best objective of %d restarts %.6g, %d empty clusters repaired",
+        "k-means (%s): %d rows x %d, %d clusters, best of %d restarts: objective %.6g, %d repairs",
         backend, len(rows), rows.shape[1], n_clusters, restarts, best[0], best[2],
     )  # fmt: skip
     return KMeansResult(
@@ -118,7 +118,7 @@ def assign_to_centroids(
         centroids: (K, J).
 
     Returns:
-        labels (S,) int64 and *squared* Euclidean distances (S,) float64; the sum of the latter is the objective.
+        labels (S,) int64 and *squared* Euclidean distances (S,) float64, which add up to the objective.
 
     Raises:
         DataError: shapes that do not fit, or rows that are not finite.
@@ -157,7 +157,7 @@ def assign_to_centroids(
 def _decide(
     rows: npt.NDArray[np.float64], centres: npt.NDArray[np.float64], rivals: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int64]:
-    """The nearest among each row's rivals (S, K), the lowest index on a tie: a sum in the order of the dimensions."""
+    """The nearest among each row's rivals (S, K), the lowest index on a tie, by sums in a fixed order."""
     row, rival = np.nonzero(rivals)
     squared = np.zeros(len(row))
     for dimension in range(rows.shape[1]):
@@ -185,7 +185,7 @@ def _load_faiss() -> ModuleType | None:
         import faiss
     except ImportError:
         logger.warning(
-            "FAISS is not installed: scikit-learn's k-means initialises instead, slower on many cores or a GPU; "
+            "FAISS is not installed: scikit-learn's k-means takes its place, slower on many cores or a GPU; "
             "pip install 'distclust[cpu]' (or 'distclust[gpu]') adds it"
         )
         return None
@@ -195,8 +195,8 @@ def _load_faiss() -> ModuleType | None:
 def _threads(products: int) -> contextlib.AbstractContextManager[Any]:
     """One thread where an iteration is a matter of milliseconds, all that the process may use otherwise.
 
-    Threads that wait for each other spin: with other processes on the same cores (workers of this very run) a small
-    k-means was seen to take 20 times as long with two threads as with one.
+    Threads that wait for each other spin: with other processes on the same cores (workers of this very run) a
+    small k-means was seen to take 20 times as long with two threads as with one.
     """
     if products >= _PARALLEL_FROM:
         return contextlib.nullcontext()
@@ -223,8 +223,8 @@ def _checked(codes: Floats, n_clusters: int) -> npt.NDArray[np.float32]:
     if not usable.all():
         bad = np.flatnonzero(~usable)
         raise DataError(
-            f"{bad.size} of {len(rows)} rows to cluster hold NaN, infinity or values beyond {_TOO_LARGE:.0e} (first: "
-            f"row {bad[0]}); expected finite codes: the training before diverged, lower its learning rate"
+            f"{bad.size} of {len(rows)} rows to cluster hold NaN, infinity or values beyond {_TOO_LARGE:.0e} "
+            f"(first: row {bad[0]}); expected finite codes: the training before it diverged"
         )
     if n_clusters < 1:
         raise DataError(f"{n_clusters} clusters asked; expected 1 or more")
@@ -255,7 +255,7 @@ def _lloyd_faiss(
     iterations: int,
     gpu: bool,
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """Centroids (K, J) and how many empty clusters were given half of a big one, which FAISS does as it goes."""
+    """Centroids (K, J), and how many empty clusters FAISS gave half of a big one as it went."""
     centroids, splits = start, 0
     # FAISS always makes all its iterations: in rounds, so that a restart that has settled can end
     for done in range(0, iterations, _ROUND):
@@ -293,7 +293,7 @@ def _lloyd_sklearn(
 def _repair(
     rows: npt.NDArray[np.float32], centroids: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.float32], float, int]:
-    """Give each centroid that no row is nearest to the row farthest from its own; returns how many were moved."""
+    """Move each centroid that no row is nearest to onto the row farthest from its own; and count them."""
     moved = 0
     labels, distances = assign_to_centroids(rows, centroids)
     counts = np.bincount(labels, minlength=len(centroids))

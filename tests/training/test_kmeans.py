@@ -34,7 +34,7 @@ def test_objective_is_within_one_percent_of_sklearn(
     rows: int, dimensions: int, clusters: int, spread: float
 ) -> None:
     codes = blobs(rows, dimensions, clusters, spread, seed=clusters)
-    # single restarts end in optima some percent apart (with 20 blobs far from each other, say): compare three runs
+    # which optimum a run ends in is chance: compare three of them
     found = [fit_kmeans(codes, clusters, seed=seed, restarts=4) for seed in range(3)]
     with threadpool_limits(limits=1):
         reference = [KMeans(clusters, n_init=4, random_state=seed).fit(codes).inertia_ for seed in range(3)]
@@ -176,7 +176,7 @@ WITH_FAISS = """
 import sys
 import numpy as np
 from distclust.training.kmeans import fit_kmeans
-found = fit_kmeans(np.load(sys.argv[1]), 60, seed=1, restarts=1, iterations=10)
+found = fit_kmeans(np.load(sys.argv[1]), 100, seed=1, restarts=1, iterations=3)
 print(found.backend, repr(found.objective), found.centroids.tobytes().hex())
 """
 
@@ -202,8 +202,8 @@ def test_without_faiss_sklearn_does_it_with_one_warning(tmp_path) -> None:
 
 
 def test_another_process_with_more_threads_finds_the_same_bits(tmp_path) -> None:
-    codes = blobs(20_000, 10, 9, spread=1.0, seed=12)
-    assert codes.size * 60 > kmeans._PARALLEL_FROM
+    codes = blobs(40_000, 25, 9, spread=1.0, seed=12)
+    assert codes.size * 100 >= kmeans._PARALLEL_FROM  # large enough for several threads
     np.save(tmp_path / "codes.npy", codes)
     one, two = (run_python(WITH_FAISS, str(tmp_path / "codes.npy"), threads=threads) for threads in (1, 2))
     assert one == two
