@@ -8,6 +8,7 @@ worker of a process group: a worker computes the lanes it owns, and everything t
 from __future__ import annotations
 
 import logging
+import posixpath
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -91,7 +92,9 @@ class Outcome:
     """What a finished run leaves."""
 
     checkpoint: str
+    """The last checkpoint, as `CheckpointStore.load` takes it."""
     phase_checkpoints: dict[str, str]
+    """The checkpoint at the end of each phase, likewise."""
     global_steps: int
 
 
@@ -193,7 +196,9 @@ class Trainer:
             self.position = Position(index + 1, 0, 0, self.position.global_step)
             self.totals = {}
             self.save(f"after-{phase.name}", phase)
-        return Outcome(self._last_checkpoint, dict(self.phase_checkpoints), self.position.global_step)
+        folder = posixpath.dirname(self._last_checkpoint)
+        kept = {phase: posixpath.join(folder, name) for phase, name in self.phase_checkpoints.items()}
+        return Outcome(self._last_checkpoint, kept, self.position.global_step)
 
     def train_epoch(self, phase: Phase, epoch: int, loss: nn.Module) -> None:
         """The rest of an epoch, from the position on."""
