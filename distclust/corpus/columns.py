@@ -1,0 +1,169 @@
+"""Columns as files have them -> the columns that a corpus has."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from distclust.corpus.named import Layout
+from distclust.corpus.rows import conform
+from distclust.errors import DataError
+
+TITLE_LENGTH = 120
+
+
+def is_text(kind: pa.DataType) -> bool:
+    types = pa.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def is_list(kind: pa.DataType, *of: Callable[[pa.DataType], bool], fixed: bool = False) -> bool:
+    types = pa.types
+    lists = types.is_list(kind) or types.is_large_list(kind) or (fixed and types.is_fixed_size_list(kind))
+    return bool(lists) and (types.is_null(kind.value_type) or any(good(kind.value_type) for good in of))
+
+
+def is_label(kind: pa.DataType) -> bool:
+    types = pa.types
+    inner = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
+    return bool(
+        is_text(inner)
+        or types.is_integer(inner)
+        or types.is_boolean(inner)
+        or types.is_floating(inner)
+        or types.is_null(inner)
+    )
+
+
+def canonical(columns: pa.RecordBatch, layout: Layout, where: str) -> pa.Table:
+    """Rows as a file has them -> the columns that the head of `sources` lists, checked.
+
+    Args:
+        columns: (n,) rows with the columns that the layout names.
+        layout: what they are.
+        where: the file and first row, for messages.
+
+    Raises:
+        DataError: a row cannot be used.
+    """
+    rows = columns.num_rows
+    out: dict[str, pa.Array] = {
+        "id": pa.repeat("", rows) if layout.id is None else _ids(columns.column(layout.id), layout.id, where),
+        "labels": _labels(
+            None if layout.label is None else columns.column(layout.label), rows, layout.labels_among
+        ),
+    }
+    title = None if layout.title is None else columns.column(layout.title)
+    if layout.kind == "text":
+        texts = [columns.column(name).cast(pa.string()) for name in layout.text]
+        text = (
+            texts[0] if len(texts) == 1 else pc.binary_join_element_wise(*texts, "\n", null_handling="skip")
+        )
+        out["title"] = _titles(text if title is None else title, title is None, layout.mail)
+        return pa.table(out | {"text": text.fill_null("")})
+    out["title"] = pa.nulls(rows, pa.string()) if title is None else _titles(title, False, False)
+    if layout.kind == "dense":
+        assert layout.dense is not None
+        dense = _fixed(columns.column(layout.dense), layout.n_features, layout.dense, where)
+        table = conform(pa.table(out | {"values": dense}), "dense", dense.type.list_size, where)
+        return table if layout.divide_by == 1.0 else _divided(table, layout.divide_by)
+    out["indices"], out["values"] = columns.column(layout.indices), columns.column(layout.values)
+    for name in ("indices", "values"):
+        if pa.types.is_null(out[name].type) or pa.types.is_null(out[name].type.value_type):
+            out[name] = out[name].cast(pa.list_(pa.int32()))
+    return _without_zeros(
+        conform(pa.table(out), "sparse", layout.n_features, where), layout.values_are, where
+    )
+
+
+def _ids(column: pa.Array, name: str, where: str) -> pa.Array:
+    if column.null_count:
+        row = pc.index(column.is_null(), True).as_py()
+        raise DataError(
+            f"{where}: row {row} has no id (null in {name!r}); expected one for each document; fill it in, "
+            "or name no id column."
+        )
+    return column.cast(pa.string())
+
+
+def _labels(column: pa.Array | None, rows: int, among: tuple[str, ...] | None) -> pa.Array:
+    """list<string>: null, empty text and NaN are no label."""
+    if column is None or pa.types.is_null(column.type):
+        return pa.ListArray.from_arrays(pa.array(np.zeros(rows + 1, np.int32)), pa.array([], pa.string()))
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        values = column.flatten()
+        row_of = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
+    else:
+        values, row_of = column, np.arange(rows)
+    if pa.types.is_floating(values.type):  # what a table of whole numbers with gaps often became
+        numbers = values.to_numpy(zero_copy_only=False)
+        values = pa.array(
+            [None if x != x else str(int(x)) if x == int(x) else str(x) for x in numbers], pa.string()
+        )
+    values = values.cast(pa.string())
+    good = pc.and_(values.is_valid(), pc.not_equal(values, "")).fill_null(False)
+    if among is not None:
+        good = pc.and_(good, pc.is_in(values, value_set=pa.array(among)))
+    kept = good.to_numpy(zero_copy_only=False)
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(row_of[kept], minlength=rows))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(bounds), values.filter(good))
+
+
+def _titles(texts: pa.Array, first_line: bool, mail: bool) -> pa.Array:
+    titles: list[str | None] = []
+    for text in pc.utf8_slice_codeunits(texts.cast(pa.string()), 0, 4000 if mail else 600).to_pylist():
+        text = text or ""
+        if mail:
+            lines = text.split("\n\n", 1)[0].split("\n")
+            text = next((line[8:] for line in lines if line[:8].lower() == "subject:"), text)
+        if first_line:
+            text = text.lstrip().split("\n", 1)[0]
+        titles.append(" ".join(text.split())[:TITLE_LENGTH] or None)
+    return pa.array(titles, pa.string())
+
+
+def _fixed(column: pa.Array, width: int | None, name: str, where: str) -> pa.Array:
+    if pa.types.is_fixed_size_list(column.type):
+        return column
+    lengths = pc.list_value_length(column).fill_null(-1).to_numpy(zero_copy_only=False)
+    width = int(lengths[0]) if width is None else width
+    if width < 1 or (lengths != width).any():
+        row = int(np.flatnonzero(lengths != width)[0]) if width > 0 else 0
+        raise DataError(
+            f"{where}: row {row} has {max(lengths[row], 0)} numbers in {name!r}; expected "
+            f"{width if width > 0 else 'at least one'}, as many as the other rows; make them equal."
+        )
+    return pa.FixedSizeListArray.from_arrays(column.flatten(), width)
+
+
+def _divided(table: pa.Table, by: float) -> pa.Table:
+    column = table["values"].combine_chunks()
+    values = column.flatten().to_numpy() / np.float32(by)
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(values), column.type.list_size)
+    return table.set_column(table.schema.get_field_index("values"), "values", rows)
+
+
+def _without_zeros(table: pa.Table, values_are: str, where: str) -> pa.Table:
+    column, indices = table["values"].combine_chunks(), table["indices"].combine_chunks()
+    values = column.flatten().to_numpy()
+    row_of = pc.list_parent_indices(column).to_numpy()
+    if values_are == "counts" and (values < 0).any():
+        at = int(np.flatnonzero(values < 0)[0])
+        raise DataError(
+            f"{where}: row {row_of[at]} has the count {values[at]:g}; expected 0 or more; correct the row, "
+            "or set source.values_are=weights."
+        )
+    kept = values != 0
+    if kept.all():
+        return table
+    bounds = pa.array(
+        np.concatenate([[0], np.cumsum(np.bincount(row_of[kept], minlength=len(table)))]).astype(np.int32)
+    )
+    lists = {"indices": indices.flatten().to_numpy()[kept], "values": values[kept]}
+    for name, flat in lists.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, name, pa.ListArray.from_arrays(bounds, pa.array(flat)))
+    return table

@@ -1,0 +1,444 @@
+"""File formats: how a file is cut into pieces, and how a piece is read in blocks of bounded size.
+
+Where a file is cut depends on the file alone, never on the machine that reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from distclust.errors import DataError
+
+BLOCK_ROWS = 2048
+"""Rows of one block at most."""
+SPLIT_ROWS = 16_384
+"""Rows of one piece, about."""
+SPLIT_BYTES = 16 << 20
+"""Bytes of one piece of a JSONL file, about."""
+# A row group is decoded from its start for each piece of it, so it is cut into few.
+_PIECES_OF_ROW_GROUP = 4
+_SAMPLE_LINES = 100
+FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+    ".npz": "npz",
+}
+"""Format by ending; ``.jsonl`` and ``.csv`` may be followed by ``.gz`` and the like."""
+
+
+class Split(NamedTuple):
+    """A piece of a file, small enough to send to any node."""
+
+    path: str
+    """A path or an fsspec URL."""
+    format: str
+    """One of the values of `FORMATS`."""
+    part: int
+    """Row group of a Parquet file, else 0."""
+    start: int
+    """First row (of the row group, or of the file); for JSONL the first byte."""
+    stop: int
+    """Row after the last; for JSONL the byte after the last; -1 for the end of the file."""
+    first_row: int
+    """Row of the file that the piece begins with; -1 where it is not known without reading."""
+
+
+class Block(NamedTuple):
+    """Some consecutive rows as the file has them."""
+
+    columns: pa.RecordBatch
+    first: int
+    """Row of the file (or of the piece, where ``Split.first_row`` is -1) of the first one."""
+
+
+def unreadable(path: str, format_: str, error: Exception) -> DataError:
+    """The error for a file that breaks off or is not what its name says."""
+    return DataError(
+        f"{path} cannot be read as {format_} "
+        f"({str(error).strip().splitlines()[0] if str(error) else repr(error)}); "
+        "expected a whole file: it may be truncated, still being written, or of another format; write it "
+        "again or "
+        "set source.format."
+    )
+
+
+def is_url(path: str) -> bool:
+    """Whether the path is for fsspec and not for the local file system."""
+    return "://" in path
+
+
+def open_binary(path: str, compression: str | None = None) -> IO[bytes]:
+    """Open a path or URL for reading bytes."""
+    return fsspec.open(path, "rb", compression=compression).open()
+
+
+def schema_of(path: str, format_: str) -> pa.Schema:
+    """Column names and types; those of JSONL are guessed from its first lines, those of CSV are all text.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        if format_ == "parquet":
+            with open_binary(path) as file:
+                return pq.ParquetFile(file).schema_arrow
+        if format_ == "arrow":
+            with open_binary(path) as file:
+                return _arrow_reader(file).schema
+        if format_ == "csv":
+            with open_binary(path, "infer") as file:
+                names = pa.csv.open_csv(file, parse_options=_CSV_PARSE).schema.names
+                return pa.schema([(name, pa.string()) for name in names])
+        if format_ == "npz":
+            return _npz_block(load_npz(path), 0, 0).schema
+        with open_binary(path, "infer") as file:
+            lines = itertools.islice(_json_lines(file, path, 0, -1), _SAMPLE_LINES)
+            return _batch_of_records([record for record, _ in lines], None, path).schema
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError) as error:  # pyarrow's errors are ValueErrors
+        raise unreadable(path, format_, error) from error
+
+
+def plan(path: str, format_: str, limit: int | None = None) -> tuple[list[Split], int | None]:
+    """Cut a file into pieces.
+
+    Args:
+        path: of the file.
+        format_: one of the values of `FORMATS`.
+        limit: leave out the rows after the first ``limit``.
+
+    Returns:
+        The pieces, and how many rows they have, or ``None`` where that is not known without reading (JSONL
+        and CSV without a limit).
+    """
+    try:
+        if format_ == "parquet":
+            return _plan_parquet(path, limit)
+        if format_ == "jsonl":
+            return _plan_jsonl(path, limit)
+        if format_ == "csv":
+            rows = None if limit is None else sum(1 for _ in itertools.islice(_csv_rows(path), limit))
+            return [Split(path, format_, 0, 0, -1 if rows is None else rows, 0)], rows
+        rows = _arrow_rows(path) if format_ == "arrow" else load_npz(path).n_rows
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise unreadable(path, format_, error) from error
+    rows = rows if limit is None else min(rows, limit)
+    return [Split(path, format_, 0, a, b, a) for a, b in _ranges(rows, -(-rows // SPLIT_ROWS))], rows
+
+
+def read(split: Split, columns: Sequence[str]) -> Iterator[Block]:
+    """The rows of a piece, in order, in blocks of at most `BLOCK_ROWS`, with these columns.
+
+    Raises:
+        DataError: the file breaks off or a line cannot be parsed; the message names it.
+    """
+    readers = {
+        "parquet": _read_parquet,
+        "jsonl": _read_jsonl,
+        "csv": _read_csv,
+        "arrow": _read_arrow,
+        "npz": _read_npz,
+    }
+    try:
+        yield from readers[split.format](split, list(columns))
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise unreadable(split.path, split.format, error) from error
+
+
+def _ranges(rows: int, pieces: int) -> list[tuple[int, int]]:
+    edges = [rows * i // max(pieces, 1) for i in range(max(pieces, 1) + 1)]
+    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+
+
+def _clipped(batches: Iterator[pa.RecordBatch], start: int, stop: int, base: int) -> Iterator[Block]:
+    """Rows [start, stop) of consecutive batches, the first of which begins at row 0."""
+    at = 0
+    for batch in batches:
+        if stop >= 0 and at >= stop:
+            return
+        low = max(start - at, 0)
+        high = batch.num_rows if stop < 0 else min(batch.num_rows, stop - at)
+        for row in range(low, high, BLOCK_ROWS):
+            yield Block(batch.slice(row, min(BLOCK_ROWS, high - row)), base + at + row)
+        at += batch.num_rows
+
+
+# ---- Parquet
+
+
+def _plan_parquet(path: str, limit: int | None) -> tuple[list[Split], int]:
+    with open_binary(path) as file:
+        metadata = pq.ParquetFile(file).metadata
+    splits, rows = [], 0
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).num_rows
+        size = size if limit is None else min(size, limit - rows)
+        for a, b in _ranges(size, min(-(-size // SPLIT_ROWS), _PIECES_OF_ROW_GROUP)):
+            splits.append(Split(path, "parquet", group, a, b, rows + a))
+        rows += size
+    return splits, rows
+
+
+def _read_parquet(split: Split, columns: list[str]) -> Iterator[Block]:
+    with open_binary(split.path) as file:
+        # one thread: the pieces are what runs side by side
+        batches = pq.ParquetFile(file).iter_batches(
+            BLOCK_ROWS, row_groups=[split.part], columns=columns, use_threads=False
+        )
+        yield from _clipped(batches, split.start, split.stop, split.first_row - split.start)
+
+
+# ---- Arrow IPC, as a file or as a stream
+
+
+def _arrow_reader(file: IO[bytes]) -> Any:
+    try:
+        return pa.ipc.open_file(file)
+    except pa.ArrowInvalid:
+        file.seek(0)
+        return pa.ipc.open_stream(file)
+
+
+def _arrow_batches(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
+    reader = _arrow_reader(file)
+    if isinstance(reader, pa.RecordBatchFileReader):
+        return (reader.get_batch(i) for i in range(reader.num_record_batches))
+    return iter(reader)
+
+
+def _arrow_rows(path: str) -> int:
+    with open_binary(path) as file:
+        return sum(batch.num_rows for batch in _arrow_batches(file))
+
+
+def _read_arrow(split: Split, columns: list[str]) -> Iterator[Block]:
+    with open_binary(split.path) as file:
+        batches = (batch.select(columns) for batch in _arrow_batches(file))
+        yield from _clipped(batches, split.start, split.stop, 0)
+
+
+# ---- CSV
+
+_CSV_PARSE = pa.csv.ParseOptions(newlines_in_values=True)
+
+
+def _csv_batches(path: str, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+    with open_binary(path, "infer") as file:
+        names = pa.csv.open_csv(file, parse_options=_CSV_PARSE).schema.names
+    with open_binary(path, "infer") as file:
+        yield from pa.csv.open_csv(
+            file,
+            read_options=pa.csv.ReadOptions(use_threads=False, block_size=SPLIT_BYTES),
+            parse_options=_CSV_PARSE,
+            convert_options=pa.csv.ConvertOptions(
+                include_columns=columns or names[:1],
+                column_types={name: pa.string() for name in names},
+                null_values=[""],
+                strings_can_be_null=True,
+            ),
+        )
+
+
+def _csv_rows(path: str) -> Iterator[None]:
+    for batch in _csv_batches(path, None):
+        yield from [None] * batch.num_rows
+
+
+def _read_csv(split: Split, columns: list[str]) -> Iterator[Block]:
+    return _clipped(_csv_batches(split.path, columns), 0, split.stop, 0)
+
+
+# ---- JSONL
+
+
+def _json_lines(file: IO[bytes], path: str, start: int, stop: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Records of the lines that begin in [start, stop), and the byte after each."""
+    if start:
+        file.seek(start - 1)
+        file.readline()  # the rest of a line that began in the piece before
+    at = file.tell() if start else 0
+    for line in file:
+        if 0 <= stop <= at:
+            return
+        at += len(line)
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(
+                f"{path}: the line before byte {at} is not JSON ({error}); expected one JSON object a line; "
+                "mend or "
+                "drop the line."
+            ) from error
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{path}: the line before byte {at} holds a {type(record).__name__}; expected one JSON "
+                "object a line, "
+                'such as {"text": ...}; write it so.'
+            )
+        yield record, at
+
+
+def _plan_jsonl(path: str, limit: int | None) -> tuple[list[Split], int | None]:
+    if limit is not None:
+        splits, row, first, at, end = [], 0, 0, 0, 0
+        with open_binary(path, "infer") as file:
+            for row, (_, end) in enumerate(itertools.islice(_json_lines(file, path, 0, -1), limit), 1):
+                if row - first == SPLIT_ROWS:
+                    splits.append(Split(path, "jsonl", 0, at, end, first))
+                    first, at = row, end
+        return splits + ([Split(path, "jsonl", 0, at, end, first)] if row > first else []), row
+    if path.endswith((".gz", ".bz2", ".xz", ".zip", ".zst")):
+        return [Split(path, "jsonl", 0, 0, -1, 0)], None
+    with open_binary(path) as file:
+        size = file.seek(0, 2)
+    return [
+        Split(path, "jsonl", 0, a, b, -1 if a else 0) for a, b in _ranges(size, -(-size // SPLIT_BYTES))
+    ], None
+
+
+def _batch_of_records(records: list[dict[str, Any]], columns: list[str] | None, path: str) -> pa.RecordBatch:
+    names = columns if columns is not None else sorted({name for record in records for name in record})
+    arrays = []
+    for name in names:
+        values = [record.get(name) for record in records]
+        try:
+            arrays.append(pa.array(values))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise DataError(
+                f"{path}: column {name!r} does not hold one type ({str(error).splitlines()[0]}); expected "
+                "the same "
+                "type in each line; make them all text, or all numbers, or all lists."
+            ) from error
+    return pa.RecordBatch.from_arrays(arrays, names=names)
+
+
+def _read_jsonl(split: Split, columns: list[str]) -> Iterator[Block]:
+    with open_binary(split.path, "infer") as file:
+        records: list[dict[str, Any]] = []
+        first = max(split.first_row, 0)
+        for record, _ in _json_lines(file, split.path, split.start, split.stop):
+            records.append(record)
+            if len(records) == BLOCK_ROWS:
+                yield Block(_batch_of_records(records, columns, split.path), first)
+                first, records = first + len(records), []
+        if records:
+            yield Block(_batch_of_records(records, columns, split.path), first)
+
+
+# ---- NumPy archives
+
+
+class Arrays(NamedTuple):
+    """The content of an ``.npz`` file: a CSR matrix, or a dense array, perhaps with labels."""
+
+    csr: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    """indptr, indices, data."""
+    dense: np.ndarray | None
+    """(n, D)"""
+    labels: np.ndarray | None
+    """(n,)"""
+    n_rows: int
+    n_features: int
+
+
+@functools.lru_cache(maxsize=1)
+def load_npz(path: str) -> Arrays:
+    """Read what ``scipy.sparse.save_npz`` wrote, or arrays ``x`` and ``y`` (or x_train, x_test, y_train,
+    y_test).
+
+    Raises:
+        DataError: it holds neither.
+    """
+    try:
+        with open_binary(path) as file:
+            found = np.load(file, allow_pickle=False)
+            arrays = {name: found[name] for name in found.files}
+    except Exception as error:  # zipfile, zlib, struct and numpy each have their own
+        raise unreadable(path, "npz", error) from error
+    if {"indptr", "indices", "data", "shape"} <= set(arrays):
+        kind = arrays.get("format", np.array(b"csr")).item()
+        kind = kind.decode() if isinstance(kind, bytes) else kind
+        if kind != "csr":
+            raise DataError(
+                f"{path} holds a sparse matrix of format {kind!r}; expected csr; save it with "
+                "scipy.sparse.save_npz(path, matrix.tocsr())."
+            )
+        n_rows, n_features = (int(size) for size in arrays["shape"])
+        indptr, nnz = arrays["indptr"], len(arrays["indices"])
+        if (
+            len(indptr) != n_rows + 1
+            or nnz != len(arrays["data"])
+            or indptr[0] != 0
+            or indptr[-1] != nnz
+            or (np.any(np.diff(indptr) < 0))
+        ):
+            raise DataError(
+                f"{path}: indptr, indices and data do not fit together ({len(indptr)} row bounds for "
+                f"{n_rows} rows, "
+                f"{nnz} indices, {len(arrays['data'])} values); expected a valid CSR matrix; save it again."
+            )
+        return Arrays((indptr, arrays["indices"], arrays["data"]), None, arrays.get("y"), n_rows, n_features)
+    names = ("x", "y") if "x" in arrays else ("X", "y")
+    if names[0] not in arrays and {"x_train", "x_test"} <= set(arrays):
+        arrays["X"] = np.concatenate([arrays["x_train"], arrays["x_test"]])
+        if {"y_train", "y_test"} <= set(arrays):
+            arrays["y"] = np.concatenate([arrays["y_train"], arrays["y_test"]])
+    x, y = arrays.get(names[0]), arrays.get("y")
+    if x is None or x.ndim < 2 or x.dtype.kind not in "fiub":
+        found_text = ", ".join(f"{k} {v.shape} {v.dtype}" for k, v in sorted(arrays.items()))
+        raise DataError(
+            f"{path} holds {found_text or 'nothing'}; expected a CSR matrix saved by scipy.sparse.save_npz, "
+            "or an "
+            "array x of numbers (n, ...) with labels y (n,) if there are any; save it so."
+        )
+    if y is not None and y.shape != (len(x),):
+        raise DataError(
+            f"{path}: y has shape {y.shape}; expected ({len(x)},), one label for each row of x; mend y."
+        )
+    x = x.reshape(len(x), -1)
+    return Arrays(None, x, y, len(x), x.shape[1])
+
+
+def _npz_block(arrays: Arrays, start: int, stop: int) -> pa.RecordBatch:
+    columns: dict[str, pa.Array] = {}
+    if arrays.csr is not None:
+        indptr, indices, data = arrays.csr
+        low, high = indptr[start], indptr[stop]
+        offsets = pa.array((indptr[start : stop + 1] - low).astype(np.int32))
+        columns["indices"] = pa.ListArray.from_arrays(offsets, pa.array(indices[low:high]))
+        columns["values"] = pa.ListArray.from_arrays(offsets, pa.array(data[low:high]))
+    elif arrays.dense is not None:
+        rows = np.ascontiguousarray(arrays.dense[start:stop]).reshape(-1)
+        columns["x"] = pa.FixedSizeListArray.from_arrays(pa.array(rows), arrays.n_features)
+    if arrays.labels is not None:
+        columns["y"] = pa.array(arrays.labels[start:stop])
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _read_npz(split: Split, columns: list[str]) -> Iterator[Block]:
+    arrays = load_npz(split.path)
+    for row in range(split.start, split.stop, BLOCK_ROWS):
+        yield Block(_npz_block(arrays, row, min(row + BLOCK_ROWS, split.stop)).select(columns), row)

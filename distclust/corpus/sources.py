@@ -1,0 +1,404 @@
+"""Where documents come from: named data sets and user files, read in bounded blocks with the same columns.
+
+`open_source` looks at names, columns and types before anything is read, and cuts the files into pieces
+(`readers.Split`) that any node can read. Each piece yields tables with the columns
+
+* ``id`` string (empty where documents have none: they are then numbered), ``labels`` list of strings,
+``title`` string,
+* and ``text`` string, or ``indices`` list<int32> and ``values`` list<float32>, or ``values``
+fixed_size_list<float32>.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import fsspec
+import pyarrow as pa
+
+from distclust.corpus import readers
+from distclust.corpus.columns import canonical, is_label, is_list, is_text
+from distclust.corpus.named import NAMED_SETS, Layout, check_documents, layout_of, locate
+from distclust.corpus.readers import FORMATS, Split
+from distclust.errors import ConfigError, DataError
+
+# Up to this many bytes in all, files are told apart by their content; above it by size and time of change.
+_HASHED_BYTES = 1 << 30
+_FILES = "files"
+_COLUMNS = ("text", "title", "indices", "values", "dense", "id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceConfig:
+    """Which documents, and what their columns are."""
+
+    name: str = "builtin"
+    """``builtin`` (9 topics of Reuters-21578), ``20news``, ``mnist``, ``reuters``, ``rcv1`` (all 804,414
+    documents), ``rcv1-part``, ``arxiv``, or ``files`` for files of one's own."""
+    files: tuple[str, ...] = ()
+    """Paths, patterns such as ``news/*.parquet``, or fsspec URLs; read in this order, patterns in order of
+    name."""
+    format: Literal["auto", "parquet", "jsonl", "csv", "arrow", "npz"] = "auto"
+    """What the files are; ``auto`` goes by their endings."""
+    text: str | None = None
+    """Column with the text; several are joined by ``+``, as in ``title+abstract``. Default: ``text`` if
+    there is one."""
+    title: str | None = None
+    """Column with a title to show. Default: ``title`` if there is one, else the first line of the text."""
+    indices: str | None = None
+    """Column with lists of column numbers, sorted and distinct. Default: ``indices`` if there is no text."""
+    values: str | None = None
+    """Column with lists of numbers, as long as those of ``indices``. Default: ``values``."""
+    dense: str | None = None
+    """Column with lists of numbers, all of one length."""
+    id: str | None = None
+    """Column that tells documents apart, text or whole numbers. Default: ``id`` if there is one, else row
+    numbers."""
+    label: str | None = None
+    """Column with the label, or a list of labels; used to score, never to train. Default: ``label`` if there
+    is one. Of the named sets ``arxiv`` has ``group`` or ``primary``, ``rcv1`` and ``rcv1-part`` have
+    ``root`` or ``topics``."""
+    where: str | None = None
+    """Column of truth values: only documents where it is true are taken."""
+    values_are: Literal["weights", "counts"] = "weights"
+    """``counts`` are weighed as the vocabulary options say; ``weights`` are taken as they are."""
+    n_features: int | None = None
+    """Number of columns of sparse rows. Default: the largest index plus one."""
+    limit: int | None = None
+    """Only the first so many rows (counted before ``where``)."""
+
+    def __post_init__(self) -> None:
+        names = (*NAMED_SETS, _FILES)
+        if self.name not in names:
+            near = difflib.get_close_matches(self.name, names, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"source.name is {self.name!r}; expected one of {', '.join(names)}; {hint}For files of your "
+                "own give "
+                "source.name=files and source.files."
+            )
+        if (self.name == _FILES) != bool(self.files):
+            found = "no files" if not self.files else f"{len(self.files)} files"
+            raise ConfigError(
+                f"source.name is {self.name!r} with {found}; expected files with the name 'files' and with "
+                "no other; "
+                "set source.name=files and source.files=[...], or leave out source.files."
+            )
+        if self.name != _FILES:
+            fixed = [f for f in (*_COLUMNS, "n_features") if getattr(self, f) is not None]
+            fixed += ["format"] if self.format != "auto" else []
+            if fixed:
+                raise ConfigError(
+                    f"source.{fixed[0]} is {getattr(self, fixed[0])!r} for the data set {self.name!r}; "
+                    "expected none: "
+                    "named sets know their columns; leave it out, or give the files with source.name=files."
+                )
+            layout_of(self.name, self.label, self.values_are)
+        kinds = [k for k in ("text", "indices", "dense") if getattr(self, k) is not None]
+        if len(kinds) > 1:
+            raise ConfigError(
+                f"source has both {kinds[0]} and {kinds[1]}; expected one of text, indices with values, or "
+                "dense; "
+                "leave out the others."
+            )
+        for name in ("limit", "n_features"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(
+                    f"source.{name} is {value}; expected 1 or more; leave it out for all of them."
+                )
+        for name, known in (("format", ("auto", *FORMATS.values())), ("values_are", ("weights", "counts"))):
+            if getattr(self, name) not in known:
+                listed = ", ".join(dict.fromkeys(known))
+                raise ConfigError(
+                    f"source.{name} is {getattr(self, name)!r}; expected one of {listed}; choose one."
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Documents that were found readable, cut into pieces."""
+
+    config: SourceConfig
+    layout: Layout
+    splits: tuple[Split, ...]
+    n_documents: int | None
+    """How many rows there are (before ``where``); ``None`` where only reading tells."""
+    fingerprint: str
+    """sha256 over the files (names, sizes, content or time of change) and how they are read."""
+
+    @property
+    def kind(self) -> Literal["text", "sparse", "dense"]:
+        """What a document is."""
+        return self.layout.kind
+
+    @property
+    def numbered(self) -> bool:
+        """Whether documents have no id of their own and go by their row number."""
+        return self.layout.id is None
+
+    def read_split(self, split: Split) -> Iterator[pa.Table]:
+        """The documents of one piece in order, in tables of at most `readers.BLOCK_ROWS` rows.
+
+        Raises:
+            DataError: rows that cannot be used; the message names the file and the row.
+        """
+        for block in readers.read(split, self.layout.columns):
+            columns = block.columns
+            first = f"{split.path}, counting from row {block.first}"
+            if split.first_row < 0:
+                first = f"{split.path}, counting from row {block.first} after byte {split.start}"
+            if self.layout.where is not None:
+                columns = columns.filter(columns.column(self.layout.where).fill_null(False))
+            if columns.num_rows:
+                yield canonical(columns, self.layout, first)
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Find the files, check columns and types, cut them into pieces.
+
+    Raises:
+        ConfigError: the options contradict each other.
+        DataError: a file or column is missing, a column has the wrong type, a file cannot be read, or there
+        are no
+            documents.
+    """
+    files = _find_files(config.files) if config.name == _FILES else locate(config.name)
+    format_ = _format_of(files, config.format)
+    schema = readers.schema_of(files[0], format_)
+    if config.name == _FILES:
+        layout = _layout_of_files(config, schema, files[0], format_)
+    else:
+        layout = layout_of(config.name, config.label, config.values_are)
+        layout = layout if config.where is None else replace(layout, where=config.where)
+    widths = {}
+    for file in files:
+        schema = schema if file == files[0] else readers.schema_of(file, format_)
+        _check_columns(schema, layout, file, format_)
+        if layout.dense and pa.types.is_fixed_size_list(schema.field(layout.dense).type):
+            widths[schema.field(layout.dense).type.list_size] = file
+    if len(widths) > 1:
+        (a, one), (b, other) = list(widths.items())[:2]
+        raise DataError(
+            f"{other} has rows of {b} numbers; expected {a} as in {one}; prepare them as two corpora."
+        )
+    if widths:
+        width = next(iter(widths))
+        if layout.n_features not in (None, width):
+            raise DataError(
+                f"{files[0]} has rows of {width} numbers; expected source.n_features={layout.n_features}; "
+                "leave n_features out."
+            )
+        layout = replace(layout, n_features=width)
+    elif format_ == "npz" and layout.kind == "sparse" and layout.n_features is None:
+        layout = replace(layout, n_features=max(readers.load_npz(file).n_features for file in files))
+    splits, total = _plan(files, format_, config.limit)
+    if config.limit is None and config.name != _FILES and total is not None:
+        check_documents(config.name, total)
+    if not splits or total == 0:
+        raise DataError(
+            f"There are no documents: {', '.join(files[:3])}{' and more' if len(files) > 3 else ''} have no "
+            "rows; "
+            "expected at least one; check source.files."
+        )
+    return Source(config, layout, tuple(splits), total, _fingerprint(files, layout, config.limit))
+
+
+def _plan(files: list[str], format_: str, limit: int | None) -> tuple[list[Split], int | None]:
+    splits: list[Split] = []
+    total: int | None = 0
+    for file in files:
+        if limit is not None and total is not None and total >= limit:
+            break
+        left = None if limit is None or total is None else limit - total
+        pieces, rows = readers.plan(file, format_, left)
+        splits += pieces
+        total = None if rows is None or total is None else total + rows
+    return splits, total
+
+
+def _find_files(patterns: tuple[str, ...]) -> list[str]:
+    found: list[str] = []
+    for pattern in patterns:
+        if readers.is_url(pattern):
+            fs, path = fsspec.core.url_to_fs(pattern)
+            try:
+                matches = (
+                    [fs.unstrip_protocol(match) for match in sorted(fs.glob(path))]
+                    if "*" in path
+                    else ([pattern] if fs.exists(path) else [])
+                )
+            except OSError as error:
+                raise DataError(
+                    f"{pattern} cannot be listed ({error}); check the address and the rights."
+                ) from error
+        else:
+            plain = os.path.expanduser(pattern)
+            matches = [plain] if os.path.exists(plain) else sorted(glob.glob(plain, recursive=True))
+        if not matches:
+            raise DataError(
+                f"{pattern} was not found (seen from {os.getcwd()}); expected a file or a pattern that "
+                "matches files; "
+                "check source.files."
+            )
+        for match in matches:
+            if os.path.isdir(match):
+                raise DataError(
+                    f"{match} is a folder; expected files; give a pattern such as "
+                    f"{match.rstrip('/')}/*.parquet."
+                )
+        found += matches
+    twice = sorted({file for file in found if found.count(file) > 1}) if len(set(found)) < len(found) else []
+    if twice:
+        raise DataError(
+            f"{twice[0]} is named twice in source.files; expected each file once; drop one of them."
+        )
+    return found
+
+
+def _format_of(files: list[str], asked: str) -> str:
+    if asked != "auto":
+        return asked
+    formats = {}
+    for file in files:
+        stem = file
+        for packed in (".gz", ".bz2", ".xz", ".zst"):
+            stem = stem.removesuffix(packed)
+        ending = os.path.splitext(stem)[1].lower()
+        if ending not in FORMATS:
+            raise ConfigError(
+                f"{file} ends in {ending or 'nothing'!r}, which tells no format; expected one of "
+                f"{', '.join(FORMATS)}; set source.format."
+            )
+        formats[FORMATS[ending]] = file
+    if len(formats) > 1:
+        raise ConfigError(
+            f"The files are of several formats ({', '.join(f'{k}: {v}' for k, v in formats.items())}); "
+            "expected one; "
+            "prepare them one by one or convert them."
+        )
+    return next(iter(formats))
+
+
+def _layout_of_files(config: SourceConfig, schema: pa.Schema, path: str, format_: str) -> Layout:
+    names = schema.names
+
+    def named(field: str, *defaults: str) -> str | None:
+        given: str | None = getattr(config, field)
+        return given or next((name for name in defaults if name in names), None)
+
+    text: tuple[str, ...] = ()
+    indices = values = None
+    dense = config.dense
+    if config.text is not None:
+        text = (
+            (config.text,) if config.text in names else tuple(part.strip() for part in config.text.split("+"))
+        )
+    elif dense is None and config.indices is None and config.values is None:
+        fixed = [field.name for field in schema if pa.types.is_fixed_size_list(field.type)]
+        if "text" in names:
+            text = ("text",)
+        elif not {"indices", "values"} <= set(names):
+            if len(fixed) != 1:
+                raise DataError(
+                    f"{path} has the columns {', '.join(names) or '(none)'}; expected one named text, two "
+                    "named "
+                    "indices and values, or one of fixed-size lists; say which with source.text, "
+                    "source.indices and "
+                    "source.values, or source.dense."
+                )
+            dense = fixed[0]
+    if not text and dense is None:
+        indices, values = config.indices or "indices", config.values or "values"
+    kind: Literal["text", "sparse", "dense"] = "text" if text else "dense" if dense else "sparse"
+    if config.values_are == "counts" and kind != "sparse":
+        raise ConfigError(
+            f"source.values_are is 'counts' but the documents are {kind}; expected 'weights'; only sparse "
+            "columns can "
+            "be counts."
+        )
+    return Layout(
+        kind=kind,
+        text=text,
+        indices=indices,
+        values=values,
+        dense=dense,
+        title=named("title", "title"),
+        id=named("id", "id"),
+        label=named("label", "label", *(("y",) if format_ == "npz" else ())),
+        where=config.where,
+        values_are=config.values_are,
+        n_features=config.n_features,
+    )
+
+
+def _check_columns(schema: pa.Schema, layout: Layout, path: str, format_: str) -> None:
+    for name in layout.columns:
+        count = schema.names.count(name)
+        if count != 1:
+            near = difflib.get_close_matches(name, schema.names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            found = f"no column {name!r}" if count == 0 else f"{count} columns named {name!r}"
+            raise DataError(
+                f"{path} has {found}; it has {', '.join(schema.names) or 'none'}; {hint}Set the source's "
+                "column names "
+                "to columns of the file."
+            )
+    types = pa.types
+    numbers = (types.is_integer, types.is_floating)
+    for field, wanted, good in (
+        *((name, "text", is_text) for name in layout.text),
+        (layout.title, "text", is_text),
+        (layout.id, "text or whole numbers", lambda t: is_text(t) or types.is_integer(t)),
+        (layout.label, "text, whole numbers, or lists of them", is_label),
+        (layout.where, "true or false", types.is_boolean),
+        (layout.indices, "lists of whole numbers", lambda t: is_list(t, types.is_integer)),
+        (layout.values, "lists of numbers", lambda t: is_list(t, *numbers)),
+        (layout.dense, "lists of numbers of one length", lambda t: is_list(t, *numbers, fixed=True)),
+    ):
+        if field is None:
+            continue
+        found_type = schema.field(field).type
+        if not (good(found_type) or types.is_null(found_type)):
+            hint = (
+                "CSV has no such columns: write Parquet, JSONL or Arrow"
+                if format_ == "csv"
+                else ("convert the column or name another")
+            )
+            raise DataError(f"{path}: column {field!r} holds {found_type}; expected {wanted}; {hint}.")
+
+
+def _fingerprint(files: list[str], layout: Layout, limit: int | None) -> str:
+    parts: list[list[object]] = []
+    infos = [_info(file) for file in files]
+    hashed = sum(size for size, _ in infos) <= _HASHED_BYTES
+    for file, (size, changed) in zip(files, infos, strict=True):
+        mark = changed
+        if hashed and not readers.is_url(file):
+            with open(file, "rb") as stream:
+                mark = hashlib.file_digest(stream, "sha256").hexdigest()
+        parts.append([os.path.basename(file), size, mark])
+    content = {"files": parts, "layout": asdict(layout), "limit": limit}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _info(file: str) -> tuple[int, str]:
+    """Size, and whatever changes when the content does."""
+    if not readers.is_url(file):
+        status = os.stat(file)
+        return status.st_size, str(status.st_mtime_ns)
+    fs, path = fsspec.core.url_to_fs(file)
+    info = fs.info(path)
+    marks = [
+        str(info[key])
+        for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
+        if key in info
+    ]
+    return int(info.get("size") or 0), " ".join(marks)
