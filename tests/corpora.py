@@ -23,12 +23,14 @@ from distclust.corpus.shards import (
 def make_table(
     n_rows: int, n_features: int = 50, kind: str = "sparse", seed: int = 0, first: int = 0
 ) -> pa.Table:
-    """Random rows: every seventh is empty, labels are none, one or two of three classes, ids are "doc-<row>"."""
+    """Random rows: every seventh is empty, some have no label or two; ids are "doc-<row>"."""
     rng = np.random.default_rng([seed, first])
     numbers = range(first, first + n_rows)
     columns: dict[str, Any] = {
         "id": [f"doc-{r}" for r in numbers],
-        "labels": [[] if r % 5 == 4 else [f"class-{r % 3}"] + (["extra"] if r % 11 == 10 else []) for r in numbers],
+        "labels": [
+            [] if r % 5 == 4 else [f"class-{r % 3}"] + (["extra"] if r % 11 == 10 else []) for r in numbers
+        ],
         "title": [None if r % 13 == 12 else f"title {r}" for r in numbers],
     }
     if kind == "dense":
@@ -37,7 +39,9 @@ def make_table(
         columns["values"] = list(dense)
     else:
         sizes = [0 if r % 7 == 6 else int(rng.integers(1, min(9, n_features))) for r in numbers]
-        columns["indices"] = [np.sort(rng.choice(n_features, size, replace=False)).astype(np.int32) for size in sizes]
+        columns["indices"] = [
+            np.sort(rng.choice(n_features, size, replace=False)).astype(np.int32) for size in sizes
+        ]
         columns["values"] = [rng.random(size, dtype=np.float32) + 0.5 for size in sizes]
     return pa.table(columns, schema=corpus_schema(kind, n_features))
 

@@ -35,7 +35,9 @@ def _open_fs(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise DataError(f"cannot reach {url}: {error}. Install the fsspec package for it or correct the URL.") from None
+        raise DataError(
+            f"cannot reach {url}: {error}. Install the fsspec package for it or correct the URL."
+        ) from None
 
 
 def read_bytes(where: str | os.PathLike[str]) -> bytes:
@@ -84,8 +86,8 @@ def sync(path: str | os.PathLike[str]) -> None:
 class ShardCache:
     """Copies of the shards of one remote corpus on local disk, in a folder named by the corpus fingerprint.
 
-    A copy appears under its name only when it is whole and its sha256 is right. Several processes of one machine
-    may share the folder: a lock for each shard lets one of them fetch it while the others wait.
+    A copy appears under its name only when it is whole and its sha256 is right. Several processes of one
+    machine may share the folder: a lock for each shard lets one of them fetch it while the others wait.
     """
 
     def __init__(self, root: str, fingerprint: str, cache_dir: str | None = None) -> None:
@@ -127,15 +129,18 @@ class ShardCache:
             found = os.stat(temporary).st_size
             if found != size or digest != sha256:
                 raise DataError(
-                    f"the shard {url} arrived with {found} bytes and sha256 {digest}; expected {size} and {sha256}: "
-                    "it is truncated or was changed; upload it again, or prepare the corpus again."
+                    f"the shard {url} arrived with {found} bytes and sha256 {digest}; expected {size} and "
+                    f"{sha256}: it is truncated or was changed; upload it again, or prepare the corpus again."
                 )
             os.replace(temporary, path)
         except FileNotFoundError as error:
             raise DataError(
-                f"the shard {url} is missing; the manifest lists it: upload the whole folder, or prepare it again."
+                f"the shard {url} is missing; the manifest lists it: "
+                "upload the whole folder, or prepare it again."
             ) from error
-        except OSError as error:
+        except DataError:
+            raise
+        except Exception as error:  # every file system has exceptions of its own
             raise DataError(
                 f"cannot copy the shard {url} to {path}: {error}. Check access to both, and the free space."
             ) from error

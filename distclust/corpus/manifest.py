@@ -81,7 +81,9 @@ class Manifest:
             text = cache.read_bytes(where)
         except FileNotFoundError:
             raise DataError(_no_manifest(root)) from None
-        except OSError as error:
+        except DataError:
+            raise
+        except Exception as error:  # every file system has exceptions of its own
             raise DataError(f"cannot read {where}: {error}. Check that this machine may read it.") from error
         return cls.parse(text, where)
 
@@ -107,7 +109,7 @@ class Manifest:
         return manifest
 
     def check(self, where: str) -> None:
-        """Raise DataError when a field is impossible or a shard's path leaves the folder; ``where`` is named."""
+        """Raise DataError, naming ``where``, for an impossible field or a shard path that leaves the folder."""
 
         def refuse(found: str) -> DataError:
             return DataError(f"{where}: {found}. {_AGAIN}")
@@ -121,10 +123,16 @@ class Manifest:
             raise refuse("a class name is no text; expected a list of strings")
         if not isinstance(self.counts, dict) or not isinstance(self.options, dict):
             raise refuse("counts or options is no table; expected names and values")
-        counts = [("n_rows", self.n_rows, 0), ("n_features", self.n_features, 1), ("n_nonzeros", self.n_nonzeros, 0)]
+        counts = [
+            ("n_rows", self.n_rows, 0),
+            ("n_features", self.n_features, 1),
+            ("n_nonzeros", self.n_nonzeros, 0),
+        ]
         for shard in self.shards:
             if not isinstance(shard.file, str) or not _stays_inside(shard.file):
-                raise refuse(f"the shard path {shard.file!r} leaves the corpus folder; expected a plain relative name")
+                raise refuse(
+                    f"the shard path {shard.file!r} leaves the corpus folder; expected a plain relative name"
+                )
             counts += [(f"{shard.file}: {f}", getattr(shard, f), 0) for f in ("rows", "nonzeros", "bytes")]
             if not isinstance(shard.sha256, str) or len(shard.sha256) != 64:
                 raise refuse(f"{shard.file} has sha256 {shard.sha256!r}; expected 64 hexadecimal digits")
@@ -150,11 +158,14 @@ def _no_manifest(root: str | os.PathLike[str]) -> str:
     except OSError:
         names = None
     if names is None:
-        return f"there is no folder {root}; expected a prepared corpus: check the path, or run `distclust prepare`."
+        return (
+            f"there is no folder {root}; expected a prepared corpus: "
+            "check the path, or run `distclust prepare`."
+        )
     if any(name.endswith(".arrow") for name in names):
         return (
-            f"{root} has shards but no {MANIFEST}: preparing it did not finish, and it is not read as a whole one. "
-            "Run the same `distclust prepare` again."
+            f"{root} has shards but no {MANIFEST}: preparing it did not finish, and it is not read as a "
+            "whole one. Run the same `distclust prepare` again."
         )
     return f"{root} has no {MANIFEST}, so it is no corpus: check the path, or run `distclust prepare`."
 

@@ -1,13 +1,13 @@
 """Which rows form (epoch, step, lane): a pure function of the seed.
 
-The permuted sequence of shards of an epoch is cut into ``lanes`` contiguous lanes of equal rows, give or take
-one. A lane shuffles its rows inside a window of a few shards, and a step takes the next ``rows_per_lane`` rows of
-every lane. A worker owns whole lanes, so the order is the same on any number of workers, a position is the two
-integers (epoch, step), and a worker reads only the shards of its own lanes.
+The permuted sequence of shards of an epoch is cut into ``lanes`` contiguous lanes of equal rows, give or
+take one. A lane shuffles its rows inside a window of a few shards, and a step takes the next ``rows_per_lane``
+rows of every lane. A worker owns whole lanes, so the order is the same on any number of workers, a position is
+the two integers (epoch, step), and a worker reads only the shards of its own lanes.
 
-Nothing here depends on a library's random stream: keys are 64-bit hashes (SplitMix64, Steele, Lea and Flood 2014)
-of (seed, epoch, what is being shuffled) and a permutation is the argsort of distinct keys. The order of a run
-started with one version of numpy can therefore be continued with another.
+Nothing here depends on a library's random stream: a permutation sorts 64-bit hashes (SplitMix64: Steele, Lea
+and Flood 2014) of (seed, epoch, what is being shuffled, place). A run that was started with one version of
+numpy can therefore be continued with another.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class OrderConfig:
     """How the documents of an epoch are dealt into steps. Changing a field is another run."""
 
     lanes: int = 8
-    """Lanes that an epoch is cut into: at least the largest number of workers that will ever train this run."""
+    """Lanes that an epoch is cut into: at least the largest number of workers that this run will ever have."""
     rows_per_lane: int = 32
     """Rows that a step takes of each lane; a step has ``lanes * rows_per_lane`` documents."""
     window: int = 4
@@ -43,7 +43,9 @@ class OrderConfig:
         for name in ("lanes", "rows_per_lane", "window"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"order.{name} is {value!r}; expected a whole number of at least 1: correct it.")
+                raise ConfigError(
+                    f"order.{name} is {value!r}; expected a whole number of at least 1: correct it."
+                )
 
 
 class Piece(NamedTuple):
@@ -72,10 +74,10 @@ class Order:
         ConfigError: for a seed out of range.
         DataError: when there are no rows at all, or a negative count.
 
-    A shard that a lane boundary cuts is dealt out by a permutation of its rows, so a corpus of few shards whose
-    documents lie sorted (by date, by class) still gives every lane a random sample. A shard inside one lane needs
-    none: the window shuffles it. Memory: O(shards) for the plan of the current epoch and, for each lane that is
-    asked for, the row numbers of one window.
+    A shard that a lane boundary cuts is dealt out by a permutation of its rows, so a corpus of few shards
+    whose documents lie sorted (by date, by class) still gives every lane a random sample. A shard inside one
+    lane needs none: the window shuffles it. Memory: O(shards) for the plan of the current epoch and, for each
+    lane that is asked for, the row numbers of one window.
     """
 
     def __init__(self, shard_rows: Sequence[int] | NDArray[np.int64], config: OrderConfig, seed: int) -> None:
@@ -85,7 +87,9 @@ class Order:
         if counts.size and counts.min() < 0:
             raise DataError(f"a shard has {counts.min()} rows; expected 0 or more: the manifest is damaged.")
         if counts.sum() == 0:
-            raise DataError("the corpus has no documents; expected at least one: check what it was prepared from.")
+            raise DataError(
+                "the corpus has no documents; expected at least one: check what it was prepared from."
+            )
         self.shard_rows = counts
         self.config = config
         self.seed = seed
@@ -95,7 +99,7 @@ class Order:
         self._bounds = bounds
         self.lane_sizes: tuple[int, ...] = tuple(b - a for a, b in pairwise(bounds))
         self.steps_per_epoch: int = -(-max(self.lane_sizes) // config.rows_per_lane)
-        # One entry each, replaced whole: a reader in another thread sees the old or the new one, never a mixture.
+        # Entries are replaced whole: a reader in another thread sees the old or the new one, never a mixture.
         self._plan: tuple[int, list[_Lane]] | None = None
         self._windows: dict[int, tuple[int, int, NDArray[np.int64]]] = {}
 
@@ -118,7 +122,7 @@ class Order:
             yield self._window_rows(epoch, lane, window)
 
     def rows(self, epoch: int, step: int, lane: int) -> NDArray[np.int64]:
-        """(<= rows_per_lane,) global row numbers that the lane gives to the step; empty when it has none left."""
+        """(<= rows_per_lane,) global row numbers of the lane in the step; empty when it has none left."""
         start = step * self.config.rows_per_lane
         return self.lane_slice(epoch, lane, start, start + self.config.rows_per_lane)
 
@@ -206,11 +210,13 @@ def lanes_of_worker(rank: int, world_size: int, lanes: int) -> range:
     """
     if world_size > lanes:
         raise ConfigError(
-            f"{world_size} workers and {lanes} lanes; expected at least as many lanes as workers: use at most "
-            f"{lanes} workers, or start a new run with order.lanes={world_size} or more."
+            f"{world_size} workers and {lanes} lanes; expected at least as many lanes as workers: use at "
+            f"most {lanes} workers, or start a new run with order.lanes={world_size} or more."
         )
     if world_size < 1 or not 0 <= rank < world_size:
-        raise ConfigError(f"worker {rank} of {world_size}; expected a rank from 0 to the number of workers - 1.")
+        raise ConfigError(
+            f"worker {rank} of {world_size}; expected a rank from 0 to the number of workers - 1."
+        )
     return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
 
 
@@ -224,8 +230,9 @@ def _mix(z: int) -> int:
 def _permutation(n: int, *key: int) -> NDArray[np.int64]:
     """(n,) a permutation of 0..n-1 that depends on the integers of ``key`` alone.
 
-    The n keys are the first n outputs of SplitMix64 from a state hashed from ``key``. They are distinct (a
-    bijection of distinct states), so the sorting algorithm does not matter.
+    Each place is hashed by SplitMix64 from a state hashed from ``key``, its number takes the low bits of the
+    hash, and is read off the sorted hashes. They are distinct, so the sorting algorithm does not matter; and
+    sorting numbers is several times faster than an argsort.
     """
     state = 0
     for word in key:
@@ -238,4 +245,9 @@ def _permutation(n: int, *key: int) -> NDArray[np.int64]:
     z ^= z >> np.uint64(27)
     z *= np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
-    return np.argsort(z).astype(np.int64, copy=False)
+    low = np.uint64((1 << max(n - 1, 0).bit_length()) - 1)
+    z &= ~low
+    z |= np.arange(n, dtype=np.uint64)
+    z.sort()
+    z &= low
+    return z.view(np.int64)

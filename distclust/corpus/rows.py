@@ -46,14 +46,18 @@ def validate_rows(
         where: what the rows are, for the message (a file name).
 
     Raises:
-        DataError: naming the first bad row: unequal lengths, an index out of range, repeated or out of order, or
-            a value that is NaN or infinite.
+        DataError: naming the first bad row: unequal lengths, an index out of range, repeated or out of order,
+            or a value that is NaN or infinite.
     """
 
     def row_of(position: int) -> int:
         return int(np.searchsorted(offsets, position, side="right")) - 1
 
-    if len(offsets) == 0 or offsets[0] != 0 or (len(offsets) > 1 and bool((offsets[1:] < offsets[:-1]).any())):
+    if (
+        len(offsets) == 0
+        or offsets[0] != 0
+        or (len(offsets) > 1 and bool((offsets[1:] < offsets[:-1]).any()))
+    ):
         raise DataError(f"{where}: the list offsets are damaged. Write the file again.")
     if len(indices) != len(values) or offsets[-1] != len(indices):
         raise DataError(
@@ -78,7 +82,7 @@ def validate_rows(
         repeated = indices[at] == indices[at - 1]
         raise DataError(
             f"{where}: row {row_of(at)} has {'the repeated' if repeated else 'the unsorted'} index "
-            f"{int(indices[at])} (after {int(indices[at - 1])}); expected strictly rising indices within a row: "
+            f"{int(indices[at])} (after {int(indices[at - 1])}); expected strictly rising indices in a row: "
             f"{'add up the values of equal indices' if repeated else 'sort each row by index'}."
         )
     validate_finite(values, where, row_of)
@@ -95,11 +99,13 @@ def validate_finite(values: NDArray[np.floating[Any]], where: str, row_of: Calla
     )
 
 
-def conform(table: pa.Table | pa.RecordBatch, kind: str, n_features: int | None, where: str = "rows") -> pa.Table:
+def conform(
+    table: pa.Table | pa.RecordBatch, kind: str, n_features: int | None, where: str = "rows"
+) -> pa.Table:
     """The table in the schema of a shard, checked.
 
-    Integer and floating lists of other widths are converted, as are large lists and strings; absent ``labels``
-    and ``title`` columns are filled in. ``n_features=None`` is for sparse rows whose width is not known yet.
+    Integer and floating lists of other widths are converted, as are large lists and strings; absent
+    ``labels`` and ``title`` columns are filled in. ``n_features=None`` is for sparse rows whose width is not known yet.
 
     Raises:
         DataError: a column is missing, has another type or holds nulls, or the numbers are not valid rows.
@@ -139,7 +145,9 @@ def one_batch(table: pa.Table, where: str) -> pa.RecordBatch:
 def _dense_width(table: pa.Table, where: str) -> int:
     kind = table.schema.field("values").type if "values" in table.column_names else None
     if kind is None or not pa.types.is_fixed_size_list(kind):
-        raise DataError(f"{where}: column 'values' is {kind}; expected a fixed-size list: give the rows one width.")
+        raise DataError(
+            f"{where}: column 'values' is {kind}; expected a fixed-size list: give the rows one width."
+        )
     return int(kind.list_size)
 
 
@@ -188,8 +196,8 @@ def sparse_arrays(
     if not np.array_equal(offsets - offsets[0], other - other[0]):
         row = int(np.flatnonzero(np.diff(offsets) != np.diff(other))[0])
         raise DataError(
-            f"{where}: row {row} has {offsets[row + 1] - offsets[row]} indices and {other[row + 1] - other[row]} "
-            "values; expected lists of equal length: correct the two columns."
+            f"{where}: row {row} has {offsets[row + 1] - offsets[row]} indices and "
+            f"{other[row + 1] - other[row]} values; expected lists of equal length: correct the two columns."
         )
     flat_indices, flat_values = indices.flatten(), values.flatten()
     for name, flat in (("indices", flat_indices), ("values", flat_values)):
@@ -229,7 +237,9 @@ def validate_batch(batch: pa.RecordBatch, kind: str, n_features: int | None, whe
             row = pc.index(pc.is_null(batch.column(name)), pa.scalar(True)).as_py()
             raise DataError(f"{where}: row {row} has no {name} (null); expected a value: fill in the column.")
     if batch.column("labels").flatten().null_count:
-        raise DataError(f"{where}: a list in 'labels' holds a null; expected text, or an empty list: remove it.")
+        raise DataError(
+            f"{where}: a list in 'labels' holds a null; expected text, or an empty list: remove it."
+        )
     if kind == "sparse":
         validate_rows(*sparse_arrays(batch, where), n_features, where)
         return
@@ -270,7 +280,9 @@ class RowCounts:
         )
 
     def __add__(self, other: RowCounts) -> RowCounts:
-        return RowCounts(**{f.name: _plus(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+        return RowCounts(
+            **{f.name: _plus(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        )
 
     def as_manifest(self) -> dict[str, Any]:
         """The manifest fields ``counts`` and ``classes``."""

@@ -1,9 +1,9 @@
 """The corpus folder on disk: writer and verifying reader.
 
-A corpus is a folder of Arrow IPC files, one record batch each and uncompressed, so that a reader maps them into
-memory without a copy. ``manifest.json`` is written last: a folder without one is half-written and is never read
-as a whole one. The manifest names every shard with its size and sha256, and both are checked before a shard's
-first use in a process, together with what a step relies on (sorted unique indices in range, finite values).
+A corpus is a folder of Arrow IPC files, one record batch each and uncompressed, so that a reader maps them
+into memory without a copy. ``manifest.json`` is written last: a folder without one is half-written and is never
+read as a whole one. The manifest names every shard with its size and sha256, and both are checked before a
+shard's first use in a process, with what a step relies on (sorted unique indices in range, finite values).
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ def write_manifest(root: str | os.PathLike[str], manifest: Manifest) -> None:
     where = cache.join(root, MANIFEST)
     manifest.check(where)
     if manifest.n_rows == 0:
-        raise DataError(f"{root} would have no documents; expected at least one: check what it is prepared from.")
+        raise DataError(
+            f"{root} would have no documents; expected at least one: check what it is prepared from."
+        )
     with _replacing(where) as temporary:
         temporary.write_text(manifest.to_json(), encoding="utf-8")
 
@@ -138,7 +140,8 @@ def _replacing(where: str) -> Iterator[Path]:
             cache.sync(folder)
     except OSError as error:
         raise DataError(
-            f"cannot write {where}: {error}. Nothing was left there: free some space or choose another folder."
+            f"cannot write {where}: {error}. Nothing was left there: "
+            "free some space, or choose another folder."
         ) from error
     finally:
         with suppress(OSError):
@@ -158,7 +161,9 @@ class ShardWriter:
     Memory: the rows of one shard and of one table given to :meth:`write`.
     """
 
-    def __init__(self, root: str | os.PathLike[str], kind: str, n_features: int, rows_per_shard: int = 16384) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], kind: str, n_features: int, rows_per_shard: int = 16384
+    ) -> None:
         self.root = os.fspath(root)
         self.config = ShardConfig(rows_per_shard=rows_per_shard)
         self.schema = corpus_schema(kind, n_features)
@@ -232,7 +237,9 @@ def clear_unfinished(root: str | os.PathLike[str]) -> None:
     except FileNotFoundError:
         names = []
     if MANIFEST in names:
-        raise DataError(f"{root} already holds a corpus; expected an empty folder: choose another, or remove it.")
+        raise DataError(
+            f"{root} already holds a corpus; expected an empty folder: choose another, or remove it."
+        )
     for name in names:
         if name.startswith(_UNFINISHED) or (name.startswith("shard-") and name.endswith(".arrow")):
             cache.remove(cache.join(root, name))
@@ -290,17 +297,21 @@ class Corpus:
         self.n_rows = manifest.n_rows
         self.n_features = manifest.n_features
         self.shard_rows: NDArray[np.int64] = np.array([s.rows for s in manifest.shards], dtype=np.int64)
-        self.shard_starts: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_rows)])
+        self.shard_starts: NDArray[np.int64] = np.concatenate(
+            [np.zeros(1, np.int64), np.cumsum(self.shard_rows)]
+        )
         self._cache = cache.ShardCache(root, manifest.fingerprint, cache_dir) if cache.is_url(root) else None
 
     @classmethod
-    def open(cls, root: str | os.PathLike[str], *, verify: bool = False, cache_dir: str | None = None) -> Corpus:
+    def open(
+        cls, root: str | os.PathLike[str], *, verify: bool = False, cache_dir: str | None = None
+    ) -> Corpus:
         """Open the corpus at ``root``.
 
         Args:
             root: a folder, or an fsspec URL whose shards are copied to local disk on first use.
             verify: read and check every shard now, not when it is first used.
-            cache_dir: where remote shards are kept; default ``$DISTCLUST_CACHE``, else ``~/.cache/distclust``.
+            cache_dir: where remote shards are kept; default ``$DISTCLUST_CACHE`` or ``~/.cache/distclust``.
 
         Raises:
             DataError: no corpus, a half-written one, a damaged manifest or shard (named).
@@ -356,13 +367,15 @@ class Corpus:
         real = os.path.realpath(path)
         if os.path.commonpath([real, os.path.realpath(self.root)]) != os.path.realpath(self.root):
             raise DataError(
-                f"{path} is a link out of the corpus folder (to {real}); expected a file in it: copy the file there."
+                f"{path} is a link out of the corpus folder (to {real}); expected a file in it: "
+                "copy the file there."
             )
         try:
             size = os.stat(path).st_size
         except FileNotFoundError:
             raise DataError(
-                f"the shard {path} is missing; the manifest lists it: copy the whole folder, or prepare it again."
+                f"the shard {path} is missing; the manifest lists it: "
+                "copy the whole folder, or prepare it again."
             ) from None
         if size != info.bytes:
             raise DataError(f"the shard {path} has {size} bytes; expected {info.bytes}: {_DAMAGED}")
@@ -388,7 +401,9 @@ def _check_shard(path: str, mtime_ns: int, info: ShardInfo, kind: str, n_feature
     if len(batch) != info.rows:
         raise DataError(f"the shard {path} has {len(batch)} rows; expected {info.rows}: {_DAMAGED}")
     if batch.get_total_buffer_size() > info.bytes:
-        raise DataError(f"the shard {path} is compressed; expected plain buffers, to be mapped: prepare it again.")
+        raise DataError(
+            f"the shard {path} is compressed; expected plain buffers, to be mapped: prepare it again."
+        )
     validate_batch(batch, kind, n_features, path)
     stored = len(batch.column("values").flatten())
     if stored != info.nonzeros:
@@ -402,15 +417,19 @@ def _check_schema(found: pa.Schema, wanted: pa.Schema, path: str) -> None:
         columns = ", ".join(f"{f.name}: {f.type}" for f in found)
         expected = ", ".join(f"{f.name}: {f.type}" for f in wanted)
         extension = " (with extension types)" if marked else ""
-        raise DataError(f"the shard {path} has columns {columns}{extension}; expected {expected}: prepare it again.")
+        raise DataError(
+            f"the shard {path} has columns {columns}{extension}; expected {expected}: prepare it again."
+        )
 
 
 def _map_batch(path: str) -> pa.RecordBatch:
     try:
-        reader = pa.ipc.open_file(pa.memory_map(path, "r"))
+        mapping = pa.memory_map(path, "r")
+        if hasattr(os, "posix_fadvise"):  # rows are read in random order: ask for the whole file ahead
+            os.posix_fadvise(mapping.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        reader = pa.ipc.open_file(mapping)
         if reader.num_record_batches != 1:
             raise DataError(f"the shard {path} has {reader.num_record_batches} record batches; expected 1.")
         return reader.get_batch(0)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"the shard {path} cannot be read ({error}): {_DAMAGED}") from error
-
