@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from distclust.training.spool import MetricPoint, Spool, clean_key, redact
+from distclust.training.spool import MetricPoint, Spool, clean_key, redact, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -255,4 +255,4 @@ class PointQueue:
         """Warn once for each kind of trouble; a server that is away for days must not fill the log."""
         if kind not in self._complained:
             self._complained.add(kind)
-            logger.warning("%s", redact(message))
+            logger.warning("%s", shorten(redact(message).splitlines()[0], 500))

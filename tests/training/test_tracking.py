@@ -549,7 +549,7 @@ def child(tracker: Tracker, run_dir: Path, first: int, last: int, die_after: int
 
 
 def test_a_kill_between_sending_and_acknowledgement_logs_no_step_twice(run_dir: Path) -> None:
-    """In its first life SIGKILL strikes right after the server took a batch; the driver logs all the while."""
+    """In its first life SIGKILL strikes once the server has taken a batch; the driver logs all the while."""
     tracker = Tracker.open(TrackingConfig(), run_dir, name="demo")
     first = child(tracker, run_dir, 0, 600, die_after=300)
     while first.poll() is None:
@@ -697,7 +697,7 @@ class LosingProxy(BaseHTTPRequestHandler):
                 status, content = reply.status, reply.read()
         except urllib.error.HTTPError as error:
             status, content = error.code, error.read()
-        if batch and self.luck.random() < 0.3:
+        if batch and self.luck.random() < 0.5:
             type(self).lost += 1
             self.close_connection = True
             return
@@ -723,13 +723,13 @@ def test_lost_answers_and_too_large_requests_over_http(
         uri = f"http://127.0.0.1:{proxy.server_port}"
         tracker = Tracker.open(TrackingConfig(uri=uri), tmp_path / "runs" / "demo", name="demo")
         sink = MetricSink(uri, tracker.run_id, tracker.spool, interval_s=0.01)
-        for step in range(2000):
+        for step in range(4000):
             sink.log(step, {"loss": step, "nan": math.nan})
         assert sink.close(60) is None
         proxy.shutdown()
-    assert LosingProxy.lost > 3
+    assert LosingProxy.lost >= 3
     found = steps(mlflow_server.database, str(tracker.run_id))
-    assert found == {"loss": list(range(2000)), "nan": list(range(2000))}
+    assert found == {"loss": list(range(4000)), "nan": list(range(4000))}
 
 
 # ---- text rules -------------------------------------------------------------------------------------------
