@@ -14,7 +14,7 @@ from torch import Tensor
 from distclust.config import RunConfig, resolve, to_dict
 
 SHARD_ROWS = (11, 1, 20, 0, 17, 12)
-"""61 rows in shards of awkward sizes: 5 steps an epoch of 6 lanes x 3 rows less the last, short one."""
+"""61 rows in shards of awkward sizes: 4 steps an epoch of 6 lanes x 3 rows, the last one short."""
 TINY_MODEL: dict[str, Any] = {
     "hidden": [8],
     "code_size": 4,

@@ -1,0 +1,293 @@
+"""The loop on one worker: non-finite values, refusals, and the slots of methods that are not in the table yet."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from corpora import make_corpus
+
+from distclust.config import RunConfig, method_row, to_dict
+from distclust.corpus.shards import Corpus
+from distclust.errors import CheckpointError, DataError, NonFiniteError
+from distclust.mixture import methods, statistics, terms
+from distclust.mixture.methods import Method, ModelSettings, OptimizerConfig, Phase
+from distclust.training.checkpoint import CheckpointStore
+from distclust.training.engine import NoHooks, Position, Trainer
+from distclust.training.world import World
+
+
+@pytest.fixture()
+def corpus(tmp_path: Path) -> Corpus:
+    return make_corpus(tmp_path / "corpus", shard_rows=runs.SHARD_ROWS, n_features=30)
+
+
+class Losses(NoHooks):
+    """Keeps what the loop logs."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, str, dict[str, float]]] = []
+
+    def log(self, position: Position, phase: str, metrics: dict[str, float]) -> None:
+        self.lines.append((position.global_step, phase, metrics))
+
+
+def trainer(config: RunConfig, corpus: Corpus, folder: Path, hooks: NoHooks | None = None) -> Trainer:
+    return Trainer(config, corpus, CheckpointStore(str(folder / "checkpoints")), World(), hooks)
+
+
+# ---- non-finite values
+
+
+class Poison:
+    """A term that is not finite for one document, from one step on."""
+
+    def __init__(self, document: int, in_gradient: bool):
+        self.document, self.in_gradient, self.step = document, in_gradient, 7
+        self.trainer: Trainer
+
+    def __call__(self, scene: terms.Scene) -> torch.Tensor:
+        value = terms._reconstruction(scene)
+        if self.trainer.position.global_step < self.step:
+            return value
+        if self.in_gradient:
+            return value + (value - value.detach()).abs().clamp_min(0).sqrt()  # 0 with an infinite slope
+        row = self.trainer.stream.gather([self.document])
+        hit = scene.x.square_norms() == row.values.square().sum()  # type: ignore[union-attr]
+        return torch.where(hit, torch.full_like(value, float("nan")), value)
+
+
+@pytest.mark.parametrize("in_gradient", [False, True])
+def test_a_value_that_is_not_finite_stops_the_run_and_changes_nothing(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_gradient: bool
+) -> None:
+    phases = {"pretrain": {"epochs": 4}}
+    config = runs.tiny_config("damic", checkpoint={"every_steps": 100}, phases=phases)
+    clean = trainer(config, corpus, tmp_path / "clean", _StopAt(7))
+    with pytest.raises(_Stopped):
+        clean.run()
+
+    poison = Poison(document=33, in_gradient=in_gradient)
+    poisoned = trainer(config, corpus, tmp_path / "poisoned")
+    poison.trainer = poisoned
+    monkeypatch.setitem(terms.TERMS, "reconstruction", terms.Term(poison, frozenset({"codes"})))
+    with pytest.raises(NonFiniteError) as error:
+        poisoned.run()
+    message = str(error.value)
+    assert "phase pretrain" in message
+    if in_gradient:
+        assert "step 7 " in message
+        assert "gradient of" in message
+        assert "network." in message
+    else:
+        assert "term 'reconstruction'" in message
+        assert "shard-" in message
+        assert "doc-33" in message
+    # the update was masked, and so was the one after it, before the flag was read
+    if in_gradient:
+        for name, value in clean.model.state_dict().items():
+            assert torch.equal(value, poisoned.model.state_dict()[name]), name
+    assert all(torch.isfinite(v).all() for v in poisoned.model.state_dict().values())
+    assert CheckpointStore(str(tmp_path / "poisoned" / "checkpoints")).latest() is None
+
+
+class _Stopped(Exception):
+    pass
+
+
+class _StopAt(NoHooks):
+    def __init__(self, step: int):
+        self._step = step
+
+    def after_step(self, position: Position) -> None:
+        if position.global_step == self._step:
+            raise _Stopped
+
+
+# ---- refusals
+
+
+def test_another_configuration_is_refused_with_the_differences(corpus: Corpus, tmp_path: Path) -> None:
+    trainer(runs.tiny_config("damic-text"), corpus, tmp_path, _StopAt(99)).run()
+    other = dataclasses.replace(runs.tiny_config("damic-text"), clusters=4, seed=5)
+    with pytest.raises(CheckpointError, match=r"clusters.*3.*4.*seed.*0.*5"):
+        trainer(other, corpus, tmp_path).run()
+
+
+def test_another_corpus_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    config = runs.tiny_config("damic-text")
+    trainer(config, corpus, tmp_path).run()
+    other = make_corpus(tmp_path / "other", shard_rows=runs.SHARD_ROWS, n_features=30, seed=9)
+    with pytest.raises(CheckpointError, match="corpus"):
+        trainer(config, other, tmp_path).run()
+
+
+def test_more_clusters_than_distinct_codes_is_refused(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", shard_rows=[2, 1], n_features=30)
+    with pytest.raises(DataError, match="distinct"):
+        trainer(dataclasses.replace(runs.tiny_config("damic-text"), clusters=5), corpus, tmp_path).run()
+
+
+# ---- a run is a function of its seed, and its metrics have names
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(corpus: Corpus, tmp_path: Path) -> None:
+    lines = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        hooks = Losses()
+        trainer(dataclasses.replace(runs.tiny_config("damic"), seed=seed), corpus, tmp_path / name, hooks).run()
+        lines.append([(step, phase, m["loss"]) for step, phase, m in hooks.lines])
+    assert lines[0] == lines[1]
+    assert lines[0] != lines[2]
+    metrics = hooks.lines[-1][2]
+    for key in ("loss", "term/lse", "kl_w_p", "usage/largest", "usage/used", "docs_per_second", "waiting_share"):
+        assert key in metrics
+
+
+@pytest.mark.parametrize("method", sorted(methods.METHODS))
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_losses_fall_in_every_phase_on_sparse_and_dense_rows(
+    tmp_path: Path, method: str, kind: str
+) -> None:
+    corpus = make_corpus(tmp_path / "corpus", shard_rows=[40, 40], n_features=30, kind=kind)
+    row = method_row(method)
+    phases = {
+        p.name: {"epochs": 8, "optimizer": {"learning_rate": 3e-3, "name": "adam"}} for p in row.phases if p.epochs
+    }
+    # without noise the clean teacher's term is the likelihood itself, which has to fall
+    model: dict[str, Any] = {"alpha": 5.0} if row.gate == "tied" else {"gate_dropout": 0.0, "tau_spread": None}
+    hooks = Losses()
+    trainer(runs.tiny_config(method, phases=phases, model=model), corpus, tmp_path, hooks).run()
+    for phase in phases:
+        losses = [m["loss"] for _, name, m in hooks.lines if name == phase]
+        epoch = len(losses) // 8
+        assert sum(losses[-epoch:]) < sum(losses[:epoch]), (phase, losses)
+
+
+def test_sparse_and_dense_rows_train_alike(tmp_path: Path) -> None:
+    """The same numbers stored both ways; float32 in another order."""
+    import pyarrow as pa
+
+    from distclust.corpus.shards import ShardWriter
+
+    sparse = make_corpus(tmp_path / "sparse", shard_rows=[40, 21], n_features=30)
+    writer = ShardWriter(tmp_path / "dense", "dense", 30, rows_per_shard=40)
+    for i in range(2):
+        shard = sparse.shard(i)
+        rows = torch.zeros(len(shard.ids()), 30)
+        for r in range(rows.shape[0]):
+            a, b = shard.offsets[r], shard.offsets[r + 1]
+            rows[r, torch.tensor(shard.indices[a:b]).long()] = torch.tensor(shard.values[a:b])
+        columns = {"id": shard.ids(), "labels": shard.labels(), "title": shard.titles(), "values": list(rows.numpy())}
+        writer.write(pa.table({**columns, "values": pa.array(columns["values"], pa.list_(pa.float32(), 30))}))
+    writer.finish({})
+    losses = []
+    for root in ("sparse", "dense"):
+        hooks = Losses()
+        order = {"lanes": 6, "rows_per_lane": 3, "window": 2}
+        config = runs.tiny_config("damic-text", order=order)
+        trainer(config, Corpus.open(tmp_path / root), tmp_path / f"run-{root}", hooks).run()
+        losses.append([m["loss"] for _, _, m in hooks.lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+# ---- the interface holds DEC and DCN
+
+
+class RunningMeans:
+    """DCN's centroid update: mu_k moves to each new code by 1 / count_k, the sums taken over all workers."""
+
+    when = "after_step"
+    needs = frozenset({"codes", "energies"})
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def collect(self, scene: terms.Scene) -> terms.Stats:
+        view = scene.view
+        assert view.z is not None
+        assert view.energies is not None
+        one_hot = torch.nn.functional.one_hot(view.energies.argmin(1), scene.model.n_clusters).double()
+        return {"sums": one_hot.t() @ view.z.double(), "counts": one_hot.sum(0)}
+
+    def apply(self, model: Any, totals: terms.Stats) -> None:
+        self.calls += 1
+        before = totals["counts"].new_full((model.n_clusters,), 100.0) * self.calls
+        centroids = model.energy.centroids.data
+        step = (totals["sums"] - totals["counts"][:, None] * centroids) / (before + totals["counts"])[:, None]
+        centroids.add_(step)
+
+
+def _custom(name: str, joint: Phase, **slots: Any) -> Method:
+    return Method(
+        name=name,
+        paper="a row of a test",
+        summary="",
+        settings=ModelSettings(alpha=1.0, dissimilarity="squared_euclidean"),
+        phases=(methods.DMAE_TEXT.phases[0], methods._INITIALISE, joint),
+        **slots,
+    )
+
+
+def test_dec_fits_the_slots(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    joint = Phase(
+        name="joint",
+        epochs=2,
+        trains=("network", "energy"),
+        terms=(("target", 1.0),),
+        statistics=("gate_usage",),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )
+    row = _custom("dec", joint, energy="student", gate="tied", aggregator="TARGET", readout="gate")
+    monkeypatch.setitem(methods.METHODS, "dec", row)
+    config = runs.tiny_config("dec")
+    # in the middle of an epoch the frequencies come from the checkpoint, not from the model as it is then
+    whole = trainer(config, corpus, tmp_path / "whole")
+    whole.run()
+    assert whole.identity["method"] == "dec"
+    with pytest.raises(_Stopped):
+        trainer(config, corpus, tmp_path / "cut", _StopAt(10)).run()
+    resumed = trainer(config, corpus, tmp_path / "cut")
+    resumed.run()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_dcn_fits_the_slots(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    means = RunningMeans()
+    monkeypatch.setitem(statistics.STATISTICS, "running_means", means)
+    joint = Phase(
+        name="joint",
+        epochs=2,
+        trains=("network",),
+        terms=(("min", 0.5), ("reconstruction", 1.0)),
+        statistics=("running_means",),
+    )
+    row = _custom("dcn", joint, energy="dissimilarity", gate="hard", aggregator="MIN", readout="energy")
+    monkeypatch.setitem(methods.METHODS, "dcn", row)
+    run = trainer(runs.tiny_config("dcn"), corpus, tmp_path)
+    run.run()
+    assert means.calls == 2 * run.order.steps_per_epoch
+    scores = run.model.predict(run.rows(run.stream.gather(range(61))))
+    assert scores.shape == (61, 3)
+    assert to_dict(run.config)["method"] == "dcn"
+
+
+@pytest.mark.parametrize(
+    ("slots", "reason"),
+    [
+        ({"gate": "tied", "aggregator": "LSE", "readout": "gate"}, "count twice"),
+        ({"gate": "prior", "aggregator": "LSE", "readout": "gate"}, "responsibility"),
+        ({"gate": "hard", "aggregator": "MIX", "readout": "energy"}, "MIX needs"),
+        ({"gate": "hard", "aggregator": "TARGET", "readout": "energy"}, "TARGET needs"),
+        ({"gate": "network", "aggregator": "EXP", "readout": "gate"}, "no phase has the term"),
+    ],
+)
+def test_rows_that_contradict_themselves_are_refused(slots: dict[str, Any], reason: str) -> None:
+    joint = Phase(name="joint", epochs=1, trains=("network",), terms=(("reconstruction", 1.0),))
+    with pytest.raises(ValueError, match=reason):
+        _custom("wrong", joint, energy="dissimilarity", **slots)
