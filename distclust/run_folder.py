@@ -5,7 +5,7 @@
     runs/NAME/
       lock            who works here now
       config.json     the configuration that the run was started with, and the fingerprints of its data
-      progress.json   what is done after training, with the seconds that each part took
+      done.json       what is done after training, with the seconds that each part took
       corpus/  checkpoints/  model/  assignments/  mlflow.json  summary.json
 """
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 LOCK = "lock"
 CONFIG = "config.json"
-PROGRESS = "progress.json"
+DONE = "done.json"
 SUMMARY = "summary.json"
 BEAT_S = 15.0
 """Seconds between two signs of life of a holder."""
@@ -59,7 +59,9 @@ def hold(run_dir: Path) -> Iterator[None]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"the run folder {run_dir} cannot be made ({error}); give another with --run") from error
+        raise ConfigError(
+            f"the run folder {run_dir} cannot be made ({error}); give another with --run"
+        ) from error
     path = run_dir / LOCK
     handle = _take(path, run_dir)
     beat = threading.Event()
@@ -87,7 +89,9 @@ def _take(path: Path, run_dir: Path) -> int:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ConfigError(f"{path} cannot be written ({error}); give another run folder with --run") from error
+            raise ConfigError(
+                f"{path} cannot be written ({error}); give another run folder with --run"
+            ) from error
         held, locked = False, True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,7 +112,9 @@ def _take(path: Path, run_dir: Path) -> int:
             break
         os.close(handle)  # its holder ended, and removed it, between our calls
     if holder:
-        log.warning("taking over %s from process %s on %s, which died", run_dir, holder.get("pid"), holder.get("host"))
+        log.warning(
+            "taking over %s from process %s on %s, which died", run_dir, holder.get("pid"), holder.get("host")
+        )
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "start": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     os.ftruncate(handle, 0)
     os.pwrite(handle, (json.dumps(mine) + "\n").encode(), 0)
@@ -174,7 +180,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written ({error}); free some space, or check the rights") from error
+        raise ConfigError(
+            f"{path} cannot be written ({error}); free some space, or check the rights"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -192,7 +200,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({error}); expected what an earlier run wrote. Restore it, or take another run folder"
         ) from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds {type(found).__name__}; expected a JSON object. Take another run folder")
+        raise ConfigError(
+            f"{path} holds {type(found).__name__}; expected a JSON object. Take another run folder"
+        )
     return found
 
 
@@ -245,7 +255,9 @@ def stored_config(run_dir: Path) -> dict[str, Any]:
     """
     stored = read_json(run_dir / CONFIG).get("config")
     if not isinstance(stored, dict):
-        raise ConfigError(f"{run_dir} holds no run: it has no {CONFIG}. Expected a folder that `distclust train` made")
+        raise ConfigError(
+            f"{run_dir} holds no run: it has no {CONFIG}. Expected a folder that `distclust train` made"
+        )
     return stored
 
 

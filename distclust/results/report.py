@@ -86,7 +86,9 @@ def describe_clusters(
     sizes = np.bincount(labels, minlength=n_clusters)
     sums = sparse.csr_matrix((n_clusters, corpus.n_features), dtype=np.float64)
     for rows, own in _shards(corpus, labels):
-        member = sparse.csr_matrix((np.ones(len(own)), (own, np.arange(len(own)))), shape=(n_clusters, len(own)))
+        member = sparse.csr_matrix(
+            (np.ones(len(own)), (own, np.arange(len(own)))), shape=(n_clusters, len(own))
+        )
         sums = sums + sparse.csr_matrix(member @ rows)
     words = _top_terms(sums, sizes, terms, n_terms) if terms is not None else [()] * n_clusters
     nearest = _nearest(corpus, labels, sums)
@@ -117,7 +119,12 @@ def _shards(corpus: Corpus, labels: NDArray[Any]) -> Iterator[tuple[Any, NDArray
             yield shard.dense.astype(np.float64), own
         else:
             shape = (shard.n_rows, corpus.n_features)
-            yield sparse.csr_matrix((shard.values, shard.indices, shard.offsets), shape=shape, dtype=np.float64), own
+            yield (
+                sparse.csr_matrix(
+                    (shard.values, shard.indices, shard.offsets), shape=shape, dtype=np.float64
+                ),
+                own,
+            )
 
 
 def _top_terms(
@@ -172,14 +179,18 @@ def _nearest(
 
 def clean(text: str) -> str:
     """One line that is safe on a terminal: no control or formatting characters, runs of blanks as one."""
-    kept = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    kept = "".join(
+        " " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C"
+    )
     return " ".join(kept.split())
 
 
 def cluster_table(summaries: Sequence[ClusterSummary], width: int = 80) -> Table:
     """The clusters, largest first, one or two lines each; `width` is the terminal's."""
     named = any(s.terms for s in summaries)
-    table = Table(title="Clusters", title_justify="left", expand=False, pad_edge=False, box=None, padding=(0, 1))
+    table = Table(
+        title="Clusters", title_justify="left", expand=False, pad_edge=False, box=None, padding=(0, 1)
+    )
     table.add_column("", justify="right", style="bold", no_wrap=True)
     table.add_column("documents", justify="right", no_wrap=True)
     table.add_column("share", justify="right", no_wrap=True)
@@ -235,7 +246,10 @@ def score_table(
     for heading in SCORE_NAMES.values():
         table.add_column(heading, justify="right", no_wrap=True)
     rows = {method: scores, **baselines}
-    best = {key: max((r[key] for r in rows.values() if r.get(key) is not None), default=None) for key in SCORE_NAMES}
+    best = {
+        key: max((r[key] for r in rows.values() if r.get(key) is not None), default=None)
+        for key in SCORE_NAMES
+    }
     for name, row in rows.items():
         cells = []
         for key in SCORE_NAMES:
@@ -248,7 +262,9 @@ def score_table(
 
 def as_text(*renderables: RenderableType, width: int = 80) -> str:
     """The same as plain text, without colours, lines of at most `width` characters."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, highlight=False)
+    console = Console(
+        file=io.StringIO(), width=width, color_system=None, force_terminal=False, highlight=False
+    )
     for renderable in renderables:
         console.print(renderable)
     assert isinstance(console.file, io.StringIO)

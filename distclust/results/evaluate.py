@@ -1,0 +1,146 @@
+"""Assignments against given labels. Only documents with exactly one label are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from distclust.corpus.shards import Corpus
+from distclust.errors import DataError
+from distclust.results.assign import MANIFEST, Assignment
+from distclust.results.metrics import contingency, scores
+from distclust.results.report import SCORE_NAMES
+
+
+def class_numbers(corpus: Corpus) -> NDArray[np.int64]:
+    """(N,) each document's place in `corpus.manifest.classes`; -1 for those without exactly one label."""
+    places = {name: place for place, name in enumerate(corpus.manifest.classes)}
+    found = np.full(corpus.n_rows, -1, np.int64)
+    at = 0
+    for number in range(len(corpus.shard_rows)):
+        for labels in corpus.shard(number).labels():
+            if len(labels) == 1:
+                found[at] = places[labels[0]]
+            at += 1
+    return found
+
+
+def score_clusters(
+    truth: NDArray[np.int64], clusters: NDArray[np.integer[Any]], n_clusters: int
+) -> dict[str, float | None]:
+    """The four scores by name over the documents with a class; all None where there is none.
+
+    Args:
+        truth: (N,) class numbers, -1 for documents that are not scored.
+        clusters: (N,) in [0, n_clusters).
+    """
+    scored = truth >= 0
+    if not scored.any():
+        return dict.fromkeys(SCORE_NAMES)
+    table = contingency(truth[scored], clusters[scored], int(truth.max()) + 1, n_clusters)
+    return dict(scores(table).as_dict())
+
+
+def read_clusters(folder: str | Path, corpus: Corpus) -> tuple[NDArray[np.int64], int]:
+    """The clusters (N,) of the corpus' documents, in its order, and K.
+
+    Args:
+        folder: what `distclust assign` wrote, or any Parquet files with the columns ``id`` and ``cluster`` (whole
+            numbers from 0).
+        corpus: the documents, matched by id.
+
+    Raises:
+        DataError: files or columns are missing, an id is missing or appears twice.
+    """
+    root = Path(folder)
+    n_clusters = 0
+    if (root / MANIFEST).exists():
+        assignment = Assignment.open(root)
+        n_clusters = len(assignment.sizes)
+        files = [root / part["file"] for part in assignment.manifest["parts"]]
+    else:
+        files = [root] if root.is_file() else sorted(root.glob("*.parquet"))
+        if not files:
+            raise DataError(
+                f"{root} holds no assignments; expected what `distclust assign` wrote, or Parquet files."
+            )
+    table = pa.concat_tables([_read(file) for file in files])
+    wanted = pa.concat_arrays(
+        [pa.array(corpus.shard(i).ids(), pa.string()) for i in range(len(corpus.shard_rows))]
+    )
+    found = table["id"].combine_chunks()
+    if not found.equals(wanted):
+        table = table.take(_places(found, wanted, root, corpus))
+    clusters = table["cluster"].to_numpy().astype(np.int64)
+    if clusters.size and clusters.min() < 0:
+        raise DataError(f"{root} has cluster {clusters.min()}; expected whole numbers from 0.")
+    return clusters, max(n_clusters, int(clusters.max(initial=-1)) + 1)
+
+
+def _read(file: Path) -> pa.Table:
+    try:
+        table = pq.read_table(file, columns=["id", "cluster"])
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise DataError(
+            f"{file} cannot be read ({error}); expected Parquet with the columns id and cluster."
+        ) from error
+    missing = {"id", "cluster"} - set(table.column_names)
+    if missing:
+        raise DataError(f"{file} has no column {' and '.join(sorted(missing))}; expected id and cluster.")
+    if not pa.types.is_integer(table.schema.field("cluster").type) or table["cluster"].null_count:
+        raise DataError(
+            f"{file}: column cluster is {table.schema.field('cluster').type}; expected whole numbers, no nulls."
+        )
+    return pa.table({"id": table["id"].cast(pa.string()), "cluster": table["cluster"].cast(pa.int64())})
+
+
+def _places(found: pa.Array, wanted: pa.Array, root: Path, corpus: Corpus) -> pa.Array:
+    """Where each wanted id stands among those found."""
+    if pc.count_distinct(found).as_py() != len(found):
+        counts = pc.value_counts(found)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
+        raise DataError(f"{root} has the id {twice!r} more than once; expected each document once.")
+    places = pc.index_in(wanted, value_set=found)
+    if places.null_count:
+        missing = wanted.filter(places.is_null())
+        raise DataError(
+            f"{root} lacks {len(missing):,} of the {len(wanted):,} documents of {corpus.root}, the first: "
+            f"{missing[0].as_py()!r}; expected one cluster for each. Is it the right corpus?"
+        )
+    return places
+
+
+def evaluate(folder: str | Path, corpus_root: str | Path) -> dict[str, Any]:
+    """Score an assignment folder against the labels of a corpus.
+
+    Returns:
+        ``documents``, ``scored``, ``unlabelled``, ``multi_labelled``, ``clusters``, ``classes`` and the four scores.
+
+    Raises:
+        DataError: they do not fit, or no document has exactly one label.
+    """
+    corpus = Corpus.open(corpus_root)
+    truth = class_numbers(corpus)
+    if not (truth >= 0).any():
+        raise DataError(
+            f"none of the {corpus.n_rows:,} documents of {corpus_root} has exactly one label; expected labels to score "
+            "against. Prepare it with source.label"
+        )
+    clusters, n_clusters = read_clusters(folder, corpus)
+    counts: Mapping[str, int] = corpus.manifest.counts
+    return {
+        "documents": corpus.n_rows,
+        "scored": int((truth >= 0).sum()),
+        "unlabelled": counts["unlabelled"],
+        "multi_labelled": counts["multi_labelled"],
+        "clusters": n_clusters,
+        "classes": len(corpus.manifest.classes),
+        **score_clusters(truth, clusters, n_clusters),
+    }
