@@ -1,7 +1,9 @@
 """The run configuration: frozen, slotted dataclasses, parsed from YAML at the edge.
 
-A recipe is a YAML file. It names a method, which brings its own settings and phases; what the recipe writes under `model` and
-`phases` changes those. `load_recipe` resolves everything, so that a `RunConfig` says the whole truth about a run.
+A recipe is a YAML file. It names a method, which brings its own settings and phases; what the recipe writes
+under `model` and
+`phases` changes those. `load_recipe` resolves everything, so that a `RunConfig` says the whole truth about a
+run.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class ClusterConfig:
     """Who does the work."""
 
     workers: int | tuple[int, int] = 1
-    """DDP workers; 0 runs in this process without Ray; [least, most] lets Ray Train choose as nodes come and go."""
+    """DDP workers; 0 runs in this process without Ray; [least, most] lets Ray Train choose as nodes come and
+    go."""
     cpus_per_worker: int = 1
     """CPUs that a worker reserves."""
     gpus_per_worker: int = 0
@@ -81,7 +84,8 @@ class ClusterConfig:
         least, most = self.worker_range
         if least < 0 or most < least or (least == 0) != (most == 0):
             raise ConfigError(
-                f"cluster.workers is {self.workers}; expected a number, or [least, most] with 1 <= least <= most"
+                f"cluster.workers is {self.workers}; expected a number, or [least, most] with "
+                "1 <= least <= most"
             )
 
     @property
@@ -113,7 +117,9 @@ class TrackingConfig:
         if self.log_every < 1:
             raise ConfigError(f"tracking.log_every is {self.log_every}; expected at least 1")
         if self.alias is not None and self.register_as is None:
-            raise ConfigError("tracking.alias is set and tracking.register_as is not; an alias needs a model name")
+            raise ConfigError(
+                "tracking.alias is set and tracking.register_as is not; an alias needs a model name"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,8 +162,8 @@ class RunConfig:
         most = self.cluster.worker_range[1]
         if most > self.order.lanes:
             raise ConfigError(
-                f"cluster.workers is {most} and order.lanes is {self.order.lanes}; a worker owns whole lanes: "
-                f"set order.lanes to at least {most} (a multiple of the workers is best)"
+                f"cluster.workers is {most} and order.lanes is {self.order.lanes}; "
+                f"a worker owns whole lanes: set order.lanes to at least {most}, a multiple of the workers at best"
             )
 
     @property
@@ -219,7 +225,8 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
         text = (resources.files("distclust") / "recipes" / f"{recipe}.yaml").read_text()
     else:
         raise ConfigError(
-            f"no recipe named {str(recipe)!r}{_nearest(str(recipe), recipe_names())}; a file's name ends in .yaml"
+            f"no recipe named {str(recipe)!r}{_nearest(str(recipe), recipe_names())}; "
+            "a file's name ends in .yaml"
         )
     try:
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
@@ -236,7 +243,9 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator or not key:
-            raise ConfigError(f"override {item!r} is not of the form key=value (for example cluster.workers=2)")
+            raise ConfigError(
+                f"override {item!r} is not of the form key=value (for example cluster.workers=2)"
+            )
         place = result
         *parents, last = key.split(".")
         for parent in parents:
@@ -248,7 +257,9 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         try:
             place[last] = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
         except yaml.YAMLError as error:
-            raise ConfigError(f"override {item!r}: the value is not YAML ({str(error).splitlines()[0]})") from error
+            raise ConfigError(
+                f"override {item!r}: the value is not YAML ({str(error).splitlines()[0]})"
+            ) from error
     return result
 
 
@@ -266,7 +277,9 @@ def resolve(data: Mapping[str, Any]) -> RunConfig:
     data = dict(data)
     for key in ("method", "clusters"):
         if key not in data:
-            raise ConfigError(f"the recipe has no {key!r}; every recipe names a method and the number of clusters")
+            raise ConfigError(
+                f"the recipe has no {key!r}; every recipe names a method and the number of clusters"
+            )
     row = method_row(str(data["method"]))
     model, phases = data.get("model") or {}, data.get("phases") or {}
     _check_keys(ModelSettings, model, "model")
@@ -282,7 +295,9 @@ def _merge_phases(row: Method, changes: Mapping[str, Any]) -> list[dict[str, Any
     names = [phase.name for phase in row.phases]
     for name, change in changes.items():
         if name not in names:
-            raise ConfigError(f"phases.{name} is unknown: {row.name} has {', '.join(names)}{_nearest(name, names)}")
+            raise ConfigError(
+                f"phases.{name} is unknown: {row.name} has {', '.join(names)}{_nearest(name, names)}"
+            )
         _check_keys(Phase, change, f"phases.{name}")
     merged = []
     for phase in row.phases:

@@ -1,17 +1,21 @@
 """Short training runs in gloo processes; a script of its own, so that it can be run by hand.
 
-`python tests/workers.py JOBS.json` reads a list of jobs and runs each with its number of workers. One process imports
+`python tests/workers.py JOBS.json` reads a list of jobs and runs each with its number of workers. One
+process imports
 torch and forks the workers of every job, so that a job costs what its steps cost. A job is a dictionary:
 
     config   a resolved configuration (config.to_dict)        corpus  a prepared folder
     run      the run folder                                   world   number of workers
-    out      JSON lines of rank 0: losses per step            rows    also write row numbers of every step and rank
-    stop     stop after this global step (a clean exception)  kill    [rank, global step]: that rank dies by SIGKILL there
+    out      JSON lines of rank 0: losses per step            rows    also write row numbers of every step
+    and rank
+    stop     stop after this global step (a clean exception)  kill    [rank, global step]: that rank dies by
+    SIGKILL there
     grads    write the gradients of the first step to this file and stop
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -28,15 +32,13 @@ from safetensors.torch import save_file
 
 from distclust.config import from_dict
 from distclust.corpus.shards import Corpus
+from distclust.errors import NonFiniteError
 from distclust.training.checkpoint import CheckpointStore
 from distclust.training.engine import NoHooks, Position, Trainer
 from distclust.training.world import World
 
-
-try:
+with contextlib.suppress(ImportError):
     import faiss  # noqa: F401
-except ImportError:
-    pass
 
 
 class Stopped(Exception):
@@ -103,6 +105,9 @@ def run_job(job: dict[str, Any], rank: int) -> None:
         hooks.trainer.run()
     except Stopped:
         return
+    except NonFiniteError as error:
+        Path(f"{job['out']}.error-{rank}").write_text(str(error))
+        sys.exit(3)
     finally:
         if job["world"] > 1 and not job.get("kill"):
             dist.destroy_process_group()

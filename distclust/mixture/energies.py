@@ -1,8 +1,10 @@
 """Energies E_k(x) (B, K): how badly cluster k explains row x; smaller is better.
 
-A dissimilarity is a pair of functions of codes and parameters, `pairwise` (B, K) and `rowwise` (B,), of one formula, so
+A dissimilarity is a pair of functions of codes and parameters, `pairwise` (B, K) and `rowwise` (B,), of one
+formula, so
 that MIX can put the convex combination of the parameters into the same formula.
-Source of the list: DMAE (Lara & Gonzalez, arXiv 2006.08177), section 3 and its code; the Bregman forms are Banerjee et al. 2005.
+Source of the list: DMAE (Lara & Gonzalez, arXiv 2006.08177), section 3 and its code; the Bregman forms are
+Banerjee et al. 2005.
 """
 
 from __future__ import annotations
@@ -140,7 +142,12 @@ class CentroidEnergy(nn.Module):
     """E_k = d(z, theta_k) for any dissimilarity of the table; parameters can be mixed."""
 
     def __init__(
-        self, n_clusters: int, code_size: int, dissimilarity: str, options: DissimilarityOptions, log_det: float = 0.0
+        self,
+        n_clusters: int,
+        code_size: int,
+        dissimilarity: str,
+        options: DissimilarityOptions,
+        log_det: float = 0.0,
     ):
         super().__init__()
         self.centroids = nn.Parameter(torch.empty(n_clusters, code_size).uniform_(-1, 1))
@@ -163,7 +170,8 @@ class CentroidEnergy(nn.Module):
         return d
 
     def mix(self, p: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The convex combination of the parameters: theta~ (B, J), and P~ (B, J, J) for Mahalanobis (DMAE Eq 11, 16)."""
+        """The convex combination of the parameters: theta~ (B, J), and P~ (B, J, J) for Mahalanobis (DMAE Eq
+        11, 16)."""
         theta = p @ self.centroids
         if self.factors is None:
             return theta, None
@@ -183,7 +191,8 @@ class CentroidEnergy(nn.Module):
 
 
 class StudentEnergy(CentroidEnergy):
-    """The heavy tail of DEC: E_k = ((a + 1) / 2) log(1 + ||z - mu_k||^2 / a), so that a tied gate is DEC's q."""
+    """The heavy tail of DEC: E_k = ((a + 1) / 2) log(1 + ||z - mu_k||^2 / a), so that a tied gate is DEC's
+    q."""
 
     def __init__(self, n_clusters: int, code_size: int, degrees: float = 1.0):
         super().__init__(n_clusters, code_size, "squared_euclidean", DissimilarityOptions())
@@ -193,12 +202,18 @@ class StudentEnergy(CentroidEnergy):
         return (self._a + 1) / 2 * torch.log1p(super().pairwise(codes) / self._a)
 
 
-def init_plus_plus(codes: Tensor, k: int, pairwise: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator) -> Tensor:
-    """DMAE's starting points (K, J) for an arbitrary dissimilarity: a max-min exchange over random candidates.
+def init_plus_plus(
+    codes: Tensor, k: int, pairwise: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator
+) -> Tensor:
+    """DMAE's starting points (K, J) for an arbitrary dissimilarity: a max-min exchange over random
+    candidates.
 
-    Start from K random codes. A hundred times, draw a candidate: when its smallest dissimilarity to the set exceeds the
-    smallest one within the set, it replaces the nearer member of that closest pair; else, when its second-smallest
-    exceeds the smallest of its nearest member, it replaces that member. `pairwise(a, b)` gives (len(a), len(b)).
+    Start from K random codes. A hundred times, draw a candidate: when its smallest dissimilarity to the set
+    exceeds the
+    smallest one within the set, it replaces the nearer member of that closest pair; else, when its
+    second-smallest
+    exceeds the smallest of its nearest member, it replaces that member. `pairwise(a, b)` gives (len(a),
+    len(b)).
     """
     n = codes.shape[0]
     chosen = codes[torch.randperm(n, generator=generator)[:k].to(codes.device)].clone()

@@ -17,7 +17,14 @@ class NetworkGate(nn.Module):
     """`softmax(g(x))`, a classifier of its own on the rows (DAMIC)."""
 
     def __init__(
-        self, n_features: int, hidden: Sequence[int], n_clusters: int, *, activation: str, norm: str, dropout: float
+        self,
+        n_features: int,
+        hidden: Sequence[int],
+        n_clusters: int,
+        *,
+        activation: str,
+        norm: str,
+        dropout: float,
     ):
         super().__init__()
         self.net = MLP(
@@ -33,7 +40,8 @@ class NetworkGate(nn.Module):
 
 
 class PriorGate(nn.Module):
-    """The same `pi` for every row. Held as logits, so that it can neither grow without bound nor become exactly zero."""
+    """The same `pi` for every row. Held as logits, so that it can neither grow without bound nor become
+    exactly zero."""
 
     def __init__(self, n_clusters: int):
         super().__init__()

@@ -1,7 +1,9 @@
 """THE TABLE: one row a method, with its paper and its published settings.
 
-A method is a choice in each of nine slots (network, energy, gate, aggregator, target, reconstruction, regulariser, schedule,
-readout). A new combination is a new row; `Method.check` refuses the combinations that do not make sense, and says why.
+A method is a choice in each of nine slots (network, energy, gate, aggregator, target, reconstruction,
+regulariser, schedule,
+readout). A new combination is a new row; `Method.check` refuses the combinations that do not make sense, and
+says why.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class ModelSettings:
     tau: float = 1.0
     """Temperature of LSE and FREE, in units of the energies."""
     tau_spread: float | None = None
-    """When set, tau becomes this factor times the spread of the energies, measured as the joint phase begins."""
+    """When set, tau becomes this factor times the spread of the energies, measured as the joint phase
+    begins."""
     alpha: float = 1000.0
     """Inverse temperature of a tied gate."""
     dissimilarity: str = "euclidean"
@@ -62,7 +65,8 @@ class ModelSettings:
     normaliser: str = "softmax_abs"
     """How Kullback-Leibler puts codes on the simplex."""
     log_det: float = 0.0
-    """Weight of the log-determinant of a Mahalanobis precision: 1 makes it a proper Gaussian, 0 is DMAE as published."""
+    """Weight of the log-determinant of a Mahalanobis precision: 1 makes it a proper Gaussian, 0 is DMAE as
+    published."""
 
     def __post_init__(self) -> None:
         _one_of("model.activation", self.activation, ACTIVATIONS)
@@ -172,7 +176,9 @@ class Method:
         if self.gate == "prior" and self.readout == "gate":
             raise ValueError(f"{where}: a prior gate is the same for every row; read out the responsibility")
         if self.aggregator == "MIX" and (self.energy == "experts" or self.gate not in ("tied", "network")):
-            raise ValueError(f"{where}: MIX needs parameters that can be mixed and a gate; experts cannot be mixed")
+            raise ValueError(
+                f"{where}: MIX needs parameters that can be mixed and a gate; experts cannot be mixed"
+            )
         if self.aggregator == "TARGET" and self.gate not in ("tied", "network"):
             raise ValueError(f"{where}: TARGET needs a gate that can be trained, found {self.gate}")
         used: set[str] = set()
@@ -189,7 +195,9 @@ class Method:
 
 # ---- the rows
 
-DAMIC_PAPER = "Chazan, Gannot & Goldberger 2019, Deep clustering based on a mixture of autoencoders, arXiv 1812.06535"
+DAMIC_PAPER = (
+    "Chazan, Gannot & Goldberger 2019, Deep clustering based on a mixture of autoencoders, arXiv 1812.06535"
+)
 DMAE_PAPER = "Lara & Gonzalez 2020, Dissimilarity mixture autoencoder for deep clustering, arXiv 2006.08177"
 
 
@@ -220,21 +228,36 @@ DAMIC = Method(
     aggregator="LSE",
     readout="gate",
     reconstruction="inside E",
-    # the paper's layer sizes are not known to us; these are a choice, with the code of 10 of its authors' k-DAE
+    # the paper's layer sizes are not known to us; these are a choice, with the code of 10 of its authors'
+    # k-DAE
     settings=ModelSettings(norm="layer", tau=1.0, experts="autoencoder"),
     phases=(
         _pretrain(50, _adam(1e-3)),
         _INITIALISE,
-        Phase(name="experts", epochs=50, trains=("experts",), terms=(("pseudo_energy", 1.0),), optimizer=_adam(1e-3)),
-        Phase(name="gate", epochs=50, trains=("gate",), terms=(("pseudo_cross_entropy", 1.0),), optimizer=_adam(1e-3)),
-        Phase(name="joint", epochs=50, trains=("experts", "gate"), terms=(("lse", 1.0),), optimizer=_adam(1e-3)),
+        Phase(
+            name="experts",
+            epochs=50,
+            trains=("experts",),
+            terms=(("pseudo_energy", 1.0),),
+            optimizer=_adam(1e-3),
+        ),
+        Phase(
+            name="gate",
+            epochs=50,
+            trains=("gate",),
+            terms=(("pseudo_cross_entropy", 1.0),),
+            optimizer=_adam(1e-3),
+        ),
+        Phase(
+            name="joint", epochs=50, trains=("experts", "gate"), terms=(("lse", 1.0),), optimizer=_adam(1e-3)
+        ),
     ),
 )
 
 DAMIC_TEXT = Method(
     name="damic-text",
     paper=DAMIC_PAPER + "; settings for text are ours",
-    summary="DAMIC for text: unit codes, one vector an expert, dropout on the gate, clean teacher, tau from the energies",
+    summary="DAMIC for text: unit codes, vectors as experts, gate dropout, clean teacher, measured tau",
     energy="experts",
     gate="network",
     aggregator="LSE",
@@ -268,9 +291,12 @@ DAMIC_TEXT = Method(
     ),
 )
 
-# DMAE sums its clustering term over a batch of 256 and averages the reconstruction over features and batch, with weights
-# lambda_r = 0.01 and lambda_c = 1. As means over rows: clustering 1, reconstruction 0.01 / 256; times 256 for the gradient's
-# size, which Adam does not see. We keep the published ratio: reconstruction / clustering = 0.01 / 256 = 3.9e-5.
+# DMAE sums its clustering term over a batch of 256 and averages the reconstruction over features and batch,
+# with weights
+# lambda_r = 0.01 and lambda_c = 1. As means over rows: clustering 1, reconstruction 0.01 / 256; times 256
+# for the gradient's
+# size, which Adam does not see. We keep the published ratio: reconstruction / clustering = 0.01 / 256 =
+# 3.9e-5.
 _DMAE_RATIO = 0.01 / 256
 
 DMAE = Method(

@@ -37,9 +37,14 @@ class MixtureModel(nn.Module):
         self.n_features, self.n_clusters = n_features, n_clusters
         s, k = settings, n_clusters
         self.network = Autoencoder(
-            n_features, s.hidden, s.code_size, activation=s.activation, norm=s.norm, input_dropout=s.input_dropout
+            n_features,
+            s.hidden,
+            s.code_size,
+            activation=s.activation,
+            norm=s.norm,
+            input_dropout=s.input_dropout,
         )
-        self.experts: nn.Module | None = None
+        self.experts: ConstantExperts | AutoencoderExperts | None = None
         self.energy: CentroidEnergy | None = None
         if method.energy == "experts":
             self.experts = (
@@ -82,7 +87,8 @@ class MixtureModel(nn.Module):
     # ---- the pieces of a forward pass
 
     def energy_codes(self, z: Tensor) -> Tensor:
-        """The codes (B, J) as the energies and k-means see them: on the unit sphere where the settings say so."""
+        """The codes (B, J) as the energies and k-means see them: on the unit sphere where the settings say
+        so."""
         return F.normalize(z, dim=1) if self.settings.unit_codes else z
 
     def codes(self, x: Rows) -> Tensor:
@@ -93,7 +99,8 @@ class MixtureModel(nn.Module):
         """E (B, K). Experts: 0.5 ||x - f_k(x)||^2 (DAMIC); centroids: their dissimilarity to the codes."""
         if self.experts is not None:
             return 0.5 * self.experts.errors(x)
-        assert self.energy is not None and z is not None
+        assert self.energy is not None
+        assert z is not None
         return self.energy.pairwise(self.energy_codes(z))
 
     def log_gate(self, x: Rows, energies: Tensor | None, noise: Noise | None) -> Tensor:
@@ -111,11 +118,15 @@ class MixtureModel(nn.Module):
 
     @torch.no_grad()
     def pseudo_labels(self, x: Rows) -> Tensor:
-        """The k-means cluster (B,) of the rows' codes: DAMIC's pseudo-labels, from the frozen pretrained encoder."""
+        """The k-means cluster (B,) of the rows' codes: DAMIC's pseudo-labels, from the frozen pretrained
+        encoder."""
         return torch.cdist(self.codes(x), self.pseudo_centroids).argmin(1)
 
-    def view(self, x: Rows, needs: Iterable[str], noise: Noise | None = None, noisy: Iterable[str] = ()) -> View:
-        """One forward pass, computing only what is needed. `noisy` names the submodules that see the noise."""
+    def view(
+        self, x: Rows, needs: Iterable[str], noise: Noise | None = None, noisy: Iterable[str] = ()
+    ) -> View:
+        """One forward pass, computing only what is needed. `noisy` names the submodules that see the
+        noise."""
         needs, noisy = frozenset(needs), frozenset(noisy)
         with_codes = "codes" in needs or ("energies" in needs and self.experts is None)
         z = self.network.encode(x, noise if "network" in noisy else None) if with_codes else None

@@ -1,6 +1,7 @@
 """Networks: layers that take sparse rows, an autoencoder, and K experts as one module.
 
-A network never returns a reconstruction for a caller to compare; it returns the squared error, so that a sparse target
+A network never returns a reconstruction for a caller to compare; it returns the squared error, so that a
+sparse target
 stays sparse (`sparse.squared_error`).
 """
 
@@ -14,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distclust.mixture.noise import Noise
-from distclust.mixture.sparse import Rows, expert_squared_errors, n_rows, rows_times, square_norms, squared_error
+from distclust.mixture.sparse import (
+    Rows,
+    expert_squared_errors,
+    n_rows,
+    rows_times,
+    square_norms,
+    squared_error,
+)
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -46,7 +54,8 @@ class RowsLinear(nn.Module):
 class MLP(nn.Module):
     """Layers `widths[0] -> ... -> widths[-1]`; every layer but the last is normalised and activated.
 
-    Dropout is on the input (`input_dropout`) and after each hidden layer (`hidden_dropout`), only where a `Noise` is given.
+    Dropout is on the input (`input_dropout`) and after each hidden layer (`hidden_dropout`), only where a
+    `Noise` is given.
     """
 
     def __init__(
@@ -100,7 +109,9 @@ class Autoencoder(nn.Module):
         if len(mirror) < 3:
             raise ValueError("an autoencoder needs at least one hidden layer")
         self.decoder = MLP(mirror[:-1] + [1], activation=activation, norm=norm)
-        self.decoder.layers = self.decoder.layers[:-1]  # the last layer is kept as (D, H), for the exact sparse error
+        self.decoder.layers = self.decoder.layers[
+            :-1
+        ]  # the last layer is kept as (D, H), for the exact sparse error
         self.out_weight = _uniform((n_features, mirror[-2]), mirror[-2])
         self.out_bias = _uniform((n_features,), mirror[-2])
 
@@ -110,12 +121,16 @@ class Autoencoder(nn.Module):
 
     def recon_error(self, codes: Tensor, x: Rows) -> Tensor:
         """`||x - decoder(codes)||^2` summed over features, (B,)."""
-        hidden = self.decoder.hidden(codes, None, "decoder")
-        return squared_error(x, hidden, self.out_weight, self.out_bias)
+        return squared_error(x, self._before_output(codes), self.out_weight, self.out_bias)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The reconstruction (B, D); for pictures and words, never for a loss."""
-        return self.decoder.hidden(codes, None, "decoder") @ self.out_weight.t() + self.out_bias
+        return self._before_output(codes) @ self.out_weight.t() + self.out_bias
+
+    def _before_output(self, codes: Tensor) -> Tensor:
+        hidden = self.decoder.hidden(codes, None, "decoder")
+        assert isinstance(hidden, Tensor)
+        return hidden
 
 
 class ConstantExperts(nn.Module):

@@ -1,6 +1,7 @@
 """Random draws that depend on where a row stands in the order, and on nothing else.
 
-Each draw is a hash of (seed, global step, lane, row in the lane, name, column). So a mask is the same on one worker or
+Each draw is a hash of (seed, global step, lane, row in the lane, name, column). So a mask is the same on one
+worker or
 on eight, on a CPU or a GPU, for sparse or dense rows, and after a resume.
 """
 

@@ -58,9 +58,7 @@ class SparseRows:
 
     def to_dense(self) -> Tensor:
         """The rows as a (B, D) tensor."""
-        dense = torch.zeros(
-            self.n_rows, self.n_features, dtype=self.values.dtype, device=self.values.device
-        )
+        dense = torch.zeros(self.n_rows, self.n_features, dtype=self.values.dtype, device=self.values.device)
         dense[self.row_numbers(), self.indices.long()] = self.values
         return dense
 

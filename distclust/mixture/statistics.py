@@ -1,6 +1,8 @@
-"""Additive statistics of the whole data or of a step: one mechanism for everything that is not separable over rows.
+"""Additive statistics of the whole data or of a step: one mechanism for everything that is not separable
+over rows.
 
-A statistic collects sums on each worker without gradient, the sums are added over lanes and workers, and `apply` does the
+A statistic collects sums on each worker without gradient, the sums are added over lanes and workers, and
+`apply` does the
 same thing to the model on every worker. `when` says how often:
 
 * ``begin``: one pass over the data when a phase begins;
@@ -54,7 +56,8 @@ class CodeRadius:
 
 
 class ExpertMeans:
-    """Constant experts start at the mean row of their pseudo-cluster: the optimum of DAMIC's step 3 in closed form."""
+    """Constant experts start at the mean row of their pseudo-cluster: the optimum of DAMIC's step 3 in
+    closed form."""
 
     when: When = "begin"
     needs = frozenset({"teacher"})
@@ -84,7 +87,8 @@ class ExpertMeans:
 
 
 class Temperature:
-    """tau = factor x the mean over rows of the standard deviation of E over clusters; a scale-free temperature."""
+    """tau = factor x the mean over rows of the standard deviation of E over clusters; a scale-free
+    temperature."""
 
     when: When = "begin"
     needs = frozenset({"energies"})

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from distclust.mixture.energies import CentroidEnergy
+from distclust.mixture.gates import TiedGate
 from distclust.mixture.sparse import Rows
 
 if TYPE_CHECKING:
@@ -92,12 +94,18 @@ def _codes(s: Scene) -> Tensor:
     return s.view.z
 
 
+def _centroids(s: Scene) -> CentroidEnergy:
+    assert s.model.energy is not None
+    return s.model.energy
+
+
 def _lse(s: Scene) -> Tensor:
     return lse(_log_p(s), _energies(s), s.model.tau)
 
 
 def _lse_clean_teacher(s: Scene) -> Tensor:
-    """LSE whose responsibilities come from the undisturbed row, while the gate is fitted on the disturbed one.
+    """LSE whose responsibilities come from the undisturbed row, while the gate is fitted on the disturbed
+    one.
 
     The value is LSE(clean p, E); the gradients are those of sum_k w_k (E_k - tau log p_k) with w fixed.
     """
@@ -119,7 +127,8 @@ def _min(s: Scene) -> Tensor:
 
 def _mix(s: Scene) -> Tensor:
     """MIX = d(z, sum_k p_k theta_k) - log(sum_k p_k pi_k) / alpha (DMAE Eq 12)."""
-    energy, gate = s.model.energy, s.model.gate
+    energy, gate = _centroids(s), s.model.gate
+    assert isinstance(gate, TiedGate)
     log_p = _log_p(s)
     d = energy.rowwise(s.model.energy_codes(_codes(s)), energy.mix(log_p.exp()))
     if not energy.dissimilarity.loss_has_prior:
@@ -128,7 +137,8 @@ def _mix(s: Scene) -> Tensor:
 
 
 def _target(s: Scene) -> Tensor:
-    """Cross-entropy towards the sharpened gate (kappa, eta) = (2, 1); its gradient is that of KL(t || p) (DEC)."""
+    """Cross-entropy towards the sharpened gate (kappa, eta) = (2, 1); its gradient is that of KL(t || p)
+    (DEC)."""
     log_p = _log_p(s)
     log_f = s.totals["gate_usage"].log()
     t = sharpened_target(log_p, log_f, 2.0, 1.0).exp().detach()
@@ -142,7 +152,7 @@ def _reconstruction(s: Scene) -> Tensor:
 
 def _mixed_reconstruction(s: Scene) -> Tensor:
     """Mean over features of the squared error of x from the mixed centroid (DMAE Eq 17, 18)."""
-    theta, _ = s.model.energy.mix(_log_p(s).exp())
+    theta, _ = _centroids(s).mix(_log_p(s).exp())
     return s.model.network.recon_error(theta * s.model.code_radius, s.x) / s.model.n_features
 
 

@@ -1,8 +1,11 @@
 """One worker's loop, from top to bottom.
 
-It knows torch, the stream, k-means and checkpoints; neither Ray nor MLflow. The same loop runs alone in one process, or in each
-worker of a process group: a worker computes the lanes it owns, and everything that all workers must agree on goes through
-`World`. Position is (phase, epoch, step), so a run can be resumed in the middle of an epoch, on any number of workers.
+It knows torch, the stream, k-means and checkpoints; neither Ray nor MLflow. The same loop runs alone in one
+process, or in each
+worker of a process group: a worker computes the lanes it owns, and everything that all workers must agree on
+goes through
+`World`. Position is (phase, epoch, step), so a run can be resumed in the middle of an epoch, on any number
+of workers.
 """
 
 from __future__ import annotations
@@ -101,7 +104,8 @@ class Outcome:
 class StepLoss(nn.Module):
     """The loss of a step as one module, for DDP to wrap.
 
-    `flag` is a parameter whose gradient says that a loss was not finite: so the news rides with the gradients' reduction.
+    `flag` is a parameter whose gradient says that a loss was not finite: so the news rides with the
+    gradients' reduction.
     """
 
     def __init__(self, model: MixtureModel, world_size: int):
@@ -156,7 +160,12 @@ class Trainer:
     bad: Tensor
 
     def __init__(
-        self, config: RunConfig, corpus: Corpus, store: CheckpointStore, world: World, hooks: Hooks | None = None
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        store: CheckpointStore,
+        world: World,
+        hooks: Hooks | None = None,
     ):
         self.config, self.corpus, self.store, self.world = config, corpus, store, world
         self.hooks: Hooks = hooks or NoHooks()
@@ -265,7 +274,8 @@ class Trainer:
         self._bad_before = None
         if self.world.size == 1:
             return loss
-        # without find_unused_parameters the buckets are rebuilt after the first step, and a resumed run differs in the
+        # without find_unused_parameters the buckets are rebuilt after the first step, and a resumed run
+        # differs in the
         # last bits for three workers and more
         return DistributedDataParallel(loss, find_unused_parameters=True, broadcast_buffers=False)
 
@@ -309,10 +319,10 @@ class Trainer:
     # ---- non-finite values: masked at once on all workers, read one step late
 
     def _mask_update(self, loss: nn.Module) -> None:
-        """Set the optimiser's `found_inf`, which skips the update on the device, here and in every later step."""
+        """Set the optimiser's `found_inf`: the device skips this update and every later one."""
         grads = [p.grad for p in self._trained.values() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(grads))
-        flag = (loss.module if isinstance(loss, DistributedDataParallel) else loss).flag  # type: ignore[union-attr]
+        flag = (loss.module if isinstance(loss, DistributedDataParallel) else loss).flag
         bad = ~torch.isfinite(norms).all() | (flag.grad != 0)
         self.bad = torch.maximum(self.bad, bad.to(self.bad.dtype))
         self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
@@ -352,14 +362,17 @@ class Trainer:
                     finding = f"term {name!r} of {wrong.size} rows in lane {lane}, the first: {places}"
                     break
         if not finding:
-            names = [n for n, p in self._trained.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+            names = [
+                n for n, p in self._trained.items() if p.grad is not None and not torch.isfinite(p.grad).all()
+            ]
             finding = f"gradient of {', '.join(names[:5]) or 'another worker'}"
         everywhere = [text for text in self.world.gather_texts(finding) if "another worker" not in text]
         terms = [text for text in everywhere if text.startswith("term")] or everywhere
         raise NonFiniteError(
-            f"a value that is not finite at step {position.global_step} (phase {phase.name}, epoch {position.epoch}, "
-            f"step {position.step} of the epoch): {terms[0] if terms else 'not found again'}. The update was not made; "
-            "the last checkpoint is finite. Lower the learning rate of this phase, or look at these documents"
+            f"a value that is not finite at step {position.global_step} (phase {phase.name}, "
+            f"epoch {position.epoch}, step {position.step} of the epoch): "
+            f"{terms[0] if terms else 'not found again'}. The update was not made; the last checkpoint is "
+            "finite. Lower the learning rate of this phase, or look at these documents"
         )
 
     # ---- the log
@@ -371,7 +384,10 @@ class Trainer:
         self._timer = now
         waited = torch.tensor(self.stream.waited_s / seconds)
         self.stream.waited_s = 0.0
-        sums = self.world.sum({k: v.to(self.world.device) for k, v in self.sums.items()} | {"waited": waited.to(self.world.device)})
+        sums = self.world.sum(
+            {k: v.to(self.world.device) for k, v in self.sums.items()}
+            | {"waited": waited.to(self.world.device)}
+        )
         self.sums = {}
         if not self.world.is_first:
             return

@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 BLOCK = 512
 
 
-def initialise_clusters(model: MixtureModel, stream: Stream, n_rows: int, config: RunConfig, world: World) -> None:
+def initialise_clusters(
+    model: MixtureModel, stream: Stream, n_rows: int, config: RunConfig, world: World
+) -> None:
     """Set the pseudo-labels' centroids and, for a mixture over codes, the parameters of its energies.
 
     Every worker encodes its share of an evenly drawn sample, rank 0 fits, everybody gets the result.
@@ -70,13 +72,18 @@ def initialise_clusters(model: MixtureModel, stream: Stream, n_rows: int, config
 
 
 @torch.no_grad()
-def _sample_codes(model: MixtureModel, stream: Stream, n_rows: int, config: RunConfig, world: World) -> Tensor:
-    """This worker's share (n, J) of the sample, in row order; fixed blocks, so a code does not depend on its neighbours."""
+def _sample_codes(
+    model: MixtureModel, stream: Stream, n_rows: int, config: RunConfig, world: World
+) -> Tensor:
+    """This worker's share (n, J) of the sample, in row order; fixed blocks, so a code does not depend on its
+    neighbours."""
     size = min(config.initialise.sample, n_rows)
     chosen = np.unique(np.linspace(0, n_rows - 1, size).astype(np.int64))
     mine = np.array_split(chosen, world.size)[world.rank]
     blocks = [mine[i : i + BLOCK] for i in range(0, len(mine), BLOCK)]
-    codes = [model.codes(_padded(stream.gather(block), model.n_features, BLOCK))[: len(block)] for block in blocks]
+    codes = [
+        model.codes(_padded(stream.gather(block), model.n_features, BLOCK))[: len(block)] for block in blocks
+    ]
     return torch.cat(codes) if codes else torch.zeros(0, model.settings.code_size, device=world.device)
 
 
@@ -98,7 +105,8 @@ def _max_min_start(energy: CentroidEnergy, codes: Tensor, k: int, seed: int) -> 
 
 
 def precision_factors(codes: np.ndarray, centroids: np.ndarray) -> Tensor:
-    """The factor L (K, J, J) of each cluster's precision, `L L' = inv(cov)`, from the codes of its k-means cluster (DMAE).
+    """The factor L (K, J, J) of each cluster's precision, `L L' = inv(cov)`, from the codes of its k-means
+    cluster (DMAE).
 
     A cluster with few rows has a singular covariance: each is shrunk towards the pooled one by J rows' worth.
     """

@@ -8,15 +8,22 @@ from torch import Tensor
 from distclust.mixture.methods import OptimizerConfig
 
 
-def build_optimizer(config: OptimizerConfig, parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """A fused optimiser: one kernel for all parameters, and it honours `found_inf` without asking the host."""
+def build_optimizer(
+    config: OptimizerConfig, parameters: dict[str, torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    """A fused optimiser: one kernel for all parameters, and it honours `found_inf` without asking the
+    host."""
     values = list(parameters.values())
     if config.name == "adam":
         return torch.optim.Adam(
             values, lr=config.learning_rate, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
     return torch.optim.SGD(
-        values, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        values,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 

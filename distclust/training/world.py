@@ -1,4 +1,5 @@
-"""The workers of a run as one: sums, broadcasts and gathered rows over torch.distributed, or over nothing for one process."""
+"""The workers of a run as one: sums, broadcasts and gathered rows over torch.distributed, or over nothing
+for one process."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class World:
         return self.rank == 0
 
     def sum(self, stats: Stats) -> Stats:
-        """Each statistic added over workers, in one collective; float64 in between, so that counts stay exact."""
+        """Each statistic added over workers, in one collective; float64 in between, so that counts stay
+        exact."""
         if self.size == 1 or not stats:
             return stats
         keys = sorted(stats)

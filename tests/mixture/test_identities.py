@@ -15,7 +15,7 @@ from distclust.mixture.gates import TiedGate
 B, K, J = 40, 5, 6
 
 
-@pytest.fixture()
+@pytest.fixture
 def draws() -> tuple[Tensor, Tensor]:
     """Gate logits (B, K) and energies (B, K)."""
     g = torch.Generator().manual_seed(0)
@@ -129,7 +129,8 @@ def test_gradients_are_finite_at_a_centroid_and_match_differences_elsewhere(name
     energy.centroids.data = energy.centroids.data.abs() + 0.1
     at = energy.centroids.detach()[:2].clone().requires_grad_()
     energy.pairwise(at).sum().backward()
-    assert torch.isfinite(at.grad).all() and torch.isfinite(energy.centroids.grad).all()  # type: ignore[union-attr]
+    assert torch.isfinite(at.grad).all()
+    assert torch.isfinite(energy.centroids.grad).all()
     z = (torch.rand(3, J, dtype=torch.float64) + 0.15).requires_grad_()
     assert torch.autograd.gradcheck(energy.pairwise, (z,), atol=1e-5)
 
@@ -191,7 +192,8 @@ def test_the_torus_takes_the_shortest_way_round() -> None:
 
 
 def test_prior_cannot_be_scaled_away() -> None:
-    """Multiplying pi by a constant lowers DMAE's published loss and changes nothing; here it cannot be done."""
+    """Multiplying pi by a constant lowers DMAE's published loss and changes nothing; here it cannot be
+    done."""
     gate = TiedGate(K, alpha=2.0).double()
     energies = torch.rand(B, K, dtype=torch.float64)
     log_p = gate.log_p_of(energies)
@@ -245,7 +247,9 @@ def test_sharp_dmae_is_k_means_distortion() -> None:
     gate = TiedGate(K, alpha=1e6).double()
     z = torch.randn(B, J, dtype=torch.float64)
     log_p = gate.log_p_of(energy.pairwise(z))
-    mix = energy.rowwise(z, energy.mix(log_p.exp())) - torch.logsumexp(log_p + gate.log_prior(), 1) / gate.alpha
+    mix = (
+        energy.rowwise(z, energy.mix(log_p.exp())) - torch.logsumexp(log_p + gate.log_prior(), 1) / gate.alpha
+    )
     torch.testing.assert_close(mix, energy.pairwise(z).amin(1), atol=1e-4, rtol=0)
 
 

@@ -53,7 +53,9 @@ def test_squared_error_equals_the_dense_form(n: int) -> None:
     dense = (x - (hidden @ weight.t() + bias)).square().sum(1)
     mine = sparse.squared_error(to_sparse(x), hidden, weight, bias)
     torch.testing.assert_close(mine, dense, rtol=1e-10, atol=1e-10)
-    for a, b in zip(torch.autograd.grad(mine.sum(), parts), torch.autograd.grad(dense.sum(), parts), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(mine.sum(), parts), torch.autograd.grad(dense.sum(), parts), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -68,7 +70,9 @@ def test_expert_errors_equal_the_dense_form(n: int) -> None:
     )
     mine = sparse.expert_squared_errors(to_sparse(x), hidden, weight, bias)
     torch.testing.assert_close(mine, dense, rtol=1e-10, atol=1e-10)
-    for a, b in zip(torch.autograd.grad(mine.sum(), parts), torch.autograd.grad(dense.sum(), parts), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(mine.sum(), parts), torch.autograd.grad(dense.sum(), parts), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -81,7 +85,9 @@ def test_float32_is_good_to_a_ten_thousandth() -> None:
     mine = sparse.squared_error(to_sparse(x), *parts)
     dense = (x - (parts[0] @ parts[1].t() + parts[2])).square().sum(1)
     torch.testing.assert_close(mine, dense, rtol=1e-5, atol=1e-3)
-    for a, b in zip(torch.autograd.grad(mine.sum(), parts), torch.autograd.grad(dense.sum(), parts), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(mine.sum(), parts), torch.autograd.grad(dense.sum(), parts), strict=True
+    ):
         assert (a - b).norm() < 1e-4 * b.norm()
 
 

@@ -1,4 +1,5 @@
-"""One worker, several workers, resumed workers: the same training. One process tree runs every method on every world size."""
+"""One worker, several workers, resumed workers: the same training. One process tree runs every method on
+every world size."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def test_the_sequence_of_rows_is_the_same_for_1_2_and_3_workers(whole: Runs) -> 
 def test_gradients_of_every_phase_are_the_same_on_1_2_and_4_workers(
     whole: Runs, corpus: Path, tmp_path: Path, method: str
 ) -> None:
-    """From the same checkpoint, the first step of each phase; float32 sums in another order, so 1e-4 relative."""
+    """From the same checkpoint, the first step of each phase; float32 sums in another order, so 1e-4
+    relative."""
     config = runs.tiny_config(method, **ROWS[method])
     kept = sorted(Path(whole[method, "1"]["run"], "checkpoints").glob("*-after-*"))
     starts: dict[str, Path | None] = {"pretrain": None}
@@ -104,7 +106,11 @@ def test_gradients_of_every_phase_are_the_same_on_1_2_and_4_workers(
             for name, expected in alone.items():
                 scale = float(expected.abs().max())
                 torch.testing.assert_close(
-                    shared[name], expected, rtol=1e-4, atol=max(1e-4 * scale, 1e-7), msg=lambda m, n=name: f"{phase} {n}: {m}"
+                    shared[name],
+                    expected,
+                    rtol=1e-4,
+                    atol=max(1e-4 * scale, 1e-7),
+                    msg=lambda m, where=f"{phase} {name}": f"{where}: {m}",
                 )
 
 
@@ -138,7 +144,9 @@ def test_killed_in_every_phase_and_resumed_is_equal_to_the_last_bit(
             assert torch.equal(found[name], expected[name]), (method, name)
 
 
-def test_resumed_at_every_step_sees_the_same_rows_and_ends_the_same(whole: Runs, corpus: Path, tmp_path: Path) -> None:
+def test_resumed_at_every_step_sees_the_same_rows_and_ends_the_same(
+    whole: Runs, corpus: Path, tmp_path: Path
+) -> None:
     config = runs.tiny_config("damic-text", checkpoint={"every_steps": 1, "keep": 1})
     run = tmp_path / "run"
     steps = len(runs.losses(whole["damic-text", "1"]))
@@ -169,3 +177,14 @@ def test_a_checkpoint_of_two_workers_goes_on_with_one_and_three(
         found = runs.final_weights(one)
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_loss_that_explodes_stops_all_workers_with_the_reason(corpus: Path, tmp_path: Path) -> None:
+    config = runs.tiny_config("damic", learning_rate=1e30)
+    one = runs.job(config, corpus, tmp_path / "run", 2)
+    runs.run_jobs([one], tmp_path, expect_success=False)
+    assert runs.exit_codes(one) == [3, 3]
+    for rank in (0, 1):
+        reason = Path(f"{one['out']}.error-{rank}").read_text()
+        assert "not finite at step" in reason
+        assert "phase pretrain" in reason
