@@ -34,8 +34,8 @@ class Mapped:
     """Rows from mapped shards, several steps at a time.
 
     The rows asked for are grouped by shard and copied shard by shard into one scratch buffer, then put into
-    the order asked for: a row is copied twice, the second time from the caches, and each shard is visited once.
-    Only the shards that the last call used stay open.
+    the order asked for: a row is copied twice, the second time from the caches, and each shard is visited
+    once. Only the shards that the last call used stay open.
     """
 
     def __init__(self, corpus: Corpus) -> None:
@@ -141,7 +141,7 @@ class Resident:
         return take_rows(self._host, rows.astype(np.int32), self._buffers)
 
     def gather_on_device(self, rows: NDArray[np.int64]) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """(n + 1,) offsets, (nnz,) indices and values, gathered on the device; dense: None, None, (n, D) values.
+        """(n + 1,) offsets, (nnz,) indices and values, gathered on the device; dense: (n, D) values alone.
 
         The sizes are known on the host, so nothing waits for the device.
         """

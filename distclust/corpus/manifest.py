@@ -109,7 +109,7 @@ class Manifest:
         return manifest
 
     def check(self, where: str) -> None:
-        """Raise DataError, naming ``where``, for an impossible field or a shard path that leaves the folder."""
+        """Raise DataError, naming ``where``, for an impossible field or a path that leaves the folder."""
 
         def refuse(found: str) -> DataError:
             return DataError(f"{where}: {found}. {_AGAIN}")

@@ -1,9 +1,9 @@
 """Which rows form (epoch, step, lane): a pure function of the seed.
 
 The permuted sequence of shards of an epoch is cut into ``lanes`` contiguous lanes of equal rows, give or
-take one. A lane shuffles its rows inside a window of a few shards, and a step takes the next ``rows_per_lane``
-rows of every lane. A worker owns whole lanes, so the order is the same on any number of workers, a position is
-the two integers (epoch, step), and a worker reads only the shards of its own lanes.
+take one. A lane shuffles its rows inside a window of a few shards, and a step takes the next
+``rows_per_lane`` rows of every lane. A worker owns whole lanes, so the order is the same on any number of
+workers, a position is the two integers (epoch, step), and a worker reads only the shards of its own lanes.
 
 Nothing here depends on a library's random stream: a permutation sorts 64-bit hashes (SplitMix64: Steele, Lea
 and Flood 2014) of (seed, epoch, what is being shuffled, place). A run that was started with one version of
@@ -33,7 +33,7 @@ class OrderConfig:
     """How the documents of an epoch are dealt into steps. Changing a field is another run."""
 
     lanes: int = 8
-    """Lanes that an epoch is cut into: at least the largest number of workers that this run will ever have."""
+    """Lanes that an epoch is cut into: at least the largest number of workers of this run."""
     rows_per_lane: int = 32
     """Rows that a step takes of each lane; a step has ``lanes * rows_per_lane`` documents."""
     window: int = 4
@@ -128,12 +128,12 @@ class Order:
 
     def lane_slice(self, epoch: int, lane: int, start: int, stop: int) -> NDArray[np.int64]:
         """(<= stop - start,) global row numbers at places ``start`` to ``stop`` of the lane."""
+        starts = self._lane(epoch, lane).window_starts
         stop = min(stop, self.lane_sizes[lane])
         if start < 0:
             raise ValueError(f"place {start} in a lane; expected 0 or more")
         if start >= stop:
             return np.empty(0, np.int64)
-        starts = self._lane(epoch, lane).window_starts
         first = int(np.searchsorted(starts, start, side="right")) - 1
         last = int(np.searchsorted(starts, stop, side="left")) - 1
         parts = []

@@ -105,7 +105,8 @@ def conform(
     """The table in the schema of a shard, checked.
 
     Integer and floating lists of other widths are converted, as are large lists and strings; absent
-    ``labels`` and ``title`` columns are filled in. ``n_features=None`` is for sparse rows whose width is not known yet.
+    ``labels`` and ``title`` columns are filled in. ``n_features=None`` is for sparse rows whose width is
+    not known yet.
 
     Raises:
         DataError: a column is missing, has another type or holds nulls, or the numbers are not valid rows.

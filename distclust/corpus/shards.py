@@ -1,9 +1,10 @@
 """The corpus folder on disk: writer and verifying reader.
 
 A corpus is a folder of Arrow IPC files, one record batch each and uncompressed, so that a reader maps them
-into memory without a copy. ``manifest.json`` is written last: a folder without one is half-written and is never
-read as a whole one. The manifest names every shard with its size and sha256, and both are checked before a
-shard's first use in a process, with what a step relies on (sorted unique indices in range, finite values).
+into memory without a copy. ``manifest.json`` is written last: a folder without one is half-written and is
+never read as a whole one. The manifest names every shard with its size and sha256, and both are checked
+before a shard's first use in a process, with what a step relies on (sorted unique indices in range, finite
+values).
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Three places for the data, one order: rows copied into the device's memory when they fit, shards mapped from
 local disk, and remote shards copied to local disk on first use. The batches are the same bit for bit.
 
-Mapped rows are gathered for several steps at once, and each batch is a slice of that: a step of 1,024 rows may
-touch 32 shards (8 lanes, windows of 4), which would cost more than the copying. Memory is a few buffers of
-``CHUNK_BYTES`` whatever the corpus; the mapped pages belong to the operating system.
+Mapped rows are gathered for several steps at once, and each batch is a slice of that: a step of 1,024 rows
+may touch 32 shards (8 lanes, windows of 4), which would cost more than the copying. Memory is a few buffers
+of ``CHUNK_BYTES`` whatever the corpus; the mapped pages belong to the operating system.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from distclust.errors import ConfigError, DataError
 
 T = TypeVar("T")
 CHUNK_BYTES = 8 << 20
-"""Rows gathered at once, in bytes: enough to spread the cost of touching a shard, few enough for the caches."""
+"""Rows gathered at once, in bytes: enough to spread the cost of touching a shard, yet few."""
 
 
 class Batch(NamedTuple):
     """The rows of one step on one worker, in lane order. All tensors are on the stream's device.
 
-    ``offsets`` and ``indices`` are int32: ``embedding_bag`` takes either width as long as both are equal, so
-    nothing is converted on the way from the file. Tensors share memory with other batches: do not write to them.
+    ``offsets`` and ``indices`` are int32: ``embedding_bag`` takes either width as long as both are equal,
+    so nothing is converted on the way from the file. Tensors share memory with other batches: do not write
+    to them.
     """
 
     epoch: int
