@@ -11,13 +11,14 @@ all documents are assigned, a shard at a time.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from distclust.training.kmeans import assign_to_centroids, count_distinct, fit_kmeans
+from distclust.training.kmeans import assign_to_centroids, count_distinct, fit_kmeans, threads_for
 
 if TYPE_CHECKING:
     from distclust.corpus.shards import Corpus
@@ -56,7 +57,8 @@ def corpus_baselines(
         return found
     directions = min(LSA_DIRECTIONS, corpus.n_features, fitted.shape[0])
     svd = TruncatedSVD(directions, random_state=seed)
-    codes = _unit_rows(svd.fit_transform(fitted))
+    with threads_for(fitted.size * directions):
+        codes = _unit_rows(svd.fit_transform(fitted))
     centroids = _fit_codes(codes, n_clusters, seed)
 
     def nearest(rows: Rows) -> Labels:
@@ -132,23 +134,28 @@ def _fit_rows(rows: Rows, n_clusters: int, seed: int) -> Callable[[Rows], Labels
         centroids = _fit_codes(rows, n_clusters, seed)
         return lambda block: assign_to_centroids(block, centroids)[0]
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     # several threads add a centroid up in whatever order they finish
-    with threadpool_limits(limits=1, user_api="openmp"):
+    with threadpool_limits(limits=1, user_api="openmp"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # too few distinct rows: said below
         kmeans = KMeans(min(n_clusters, rows.shape[0]), n_init=_RESTARTS, random_state=seed).fit(rows)
+    _say_if_fewer(len(np.unique(kmeans.labels_)), n_clusters, rows.shape[0])
     return lambda block: kmeans.predict(block).astype(np.int64)
 
 
 def _fit_codes(codes: Floats, n_clusters: int, seed: int) -> Floats:
     """Centroids (K, J); fewer where there are fewer distinct rows: a baseline must not end a run."""
     distinct = count_distinct(codes, n_clusters)
-    if distinct < n_clusters:
-        logger.warning(
-            "a k-means baseline makes %d clusters, not %d: its %d rows hold no more distinct ones",
-            distinct, n_clusters, len(codes),
-        )  # fmt: skip
+    _say_if_fewer(distinct, n_clusters, len(codes))
     return fit_kmeans(codes, min(n_clusters, distinct), seed=seed, restarts=_RESTARTS).centroids
+
+
+def _say_if_fewer(made: int, n_clusters: int, rows: int) -> None:
+    if made < n_clusters:
+        message = "a k-means baseline makes %d clusters, not %d: its %d rows hold no more distinct ones"
+        logger.warning(message, made, n_clusters, rows)
 
 
 def _unit_rows(rows: npt.NDArray[np.floating[Any]]) -> Floats:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+_SHOWN = 100  # characters of a long value
+
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Where two nested configurations differ, a readable line each, in the order of the saved one.
@@ -31,7 +33,8 @@ def _differences(saved: Any, current: Any, path: str) -> Iterator[str]:
         for place, (old, new) in enumerate(zip(saved, current, strict=True)):
             yield from _differences(old, new, f"{path}[{place}]")
     elif not _equal(saved, current):
-        yield f"{path}: {_short(saved)} in the checkpoint, {_short(current)} asked"
+        old, new = _both(saved, current)
+        yield f"{path}: {old} in the checkpoint, {new} asked"
 
 
 def _is_list(value: Any) -> bool:
@@ -48,6 +51,23 @@ def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _short(value: Any) -> str:
-    text = str(value) if isinstance(value, (str, int, float)) else json.dumps(value, default=str)
-    return text if len(text) <= 100 else text[:97] + "..."
+def _long(value: Any) -> str:
+    return str(value) if isinstance(value, (str, int, float)) else json.dumps(value, default=str)
+
+
+def _short(value: Any, start: int = 0) -> str:
+    text = _long(value)
+    shown = text[start : start + _SHOWN]
+    return ("..." if start else "") + shown + ("..." if start + _SHOWN < len(text) else "")
+
+
+def _both(saved: Any, current: Any) -> tuple[str, str]:
+    """The two in words that differ: of long ones the place from which they do, of "1" and 1 the quotes."""
+    old, new = _short(saved), _short(current)
+    if old != new:
+        return old, new
+    if type(saved) is not type(current):
+        return json.dumps(saved, default=str), json.dumps(current, default=str)
+    pairs = zip(_long(saved), _long(current), strict=False)
+    same = next((place for place, (one, other) in enumerate(pairs) if one != other), _SHOWN)
+    return _short(saved, max(0, same - 10)), _short(current, max(0, same - 10))

@@ -86,7 +86,7 @@ def fit_kmeans(
     gpus = _gpus(faiss) if gpu else 0
     backend = "scikit-learn" if faiss is None else "faiss-gpu" if gpus else "faiss-cpu"
     best: tuple[float, npt.NDArray[np.float32], int] | None = None
-    with _threads(rows.size * n_clusters):
+    with threads_for(rows.size * n_clusters):
         for state in np.random.SeedSequence(seed).generate_state(restarts):
             start = _start(centred, n_clusters, int(state))
             if faiss is None:
@@ -192,7 +192,7 @@ def _load_faiss() -> ModuleType | None:
     return faiss
 
 
-def _threads(products: int) -> contextlib.AbstractContextManager[Any]:
+def threads_for(products: int) -> contextlib.AbstractContextManager[Any]:
     """One thread where an iteration is a matter of milliseconds, all that the process may use otherwise.
 
     Threads that wait for each other spin: with other processes on the same cores (workers of this very run) a
