@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +16,7 @@ TITLE_LENGTH = 120
 
 
 def is_text(kind: pa.DataType) -> bool:
+    """Text in any of Arrow's forms."""
     types = pa.types
     if types.is_dictionary(kind):
         kind = kind.value_type
@@ -21,12 +24,14 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_list(kind: pa.DataType, *of: Callable[[pa.DataType], bool], fixed: bool = False) -> bool:
+    """Lists (of one length too, where ``fixed``) of one of these types."""
     types = pa.types
     lists = types.is_list(kind) or types.is_large_list(kind) or (fixed and types.is_fixed_size_list(kind))
     return bool(lists) and (types.is_null(kind.value_type) or any(good(kind.value_type) for good in of))
 
 
 def is_label(kind: pa.DataType) -> bool:
+    """What can be a label, or a list of labels."""
     types = pa.types
     inner = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else kind
     return bool(
@@ -74,9 +79,20 @@ def canonical(columns: pa.RecordBatch, layout: Layout, where: str) -> pa.Table:
     for name in ("indices", "values"):
         if pa.types.is_null(out[name].type) or pa.types.is_null(out[name].type.value_type):
             out[name] = out[name].cast(pa.list_(pa.int32()))
+    _check_range(out["indices"], where)
     return _without_zeros(
         conform(pa.table(out), "sparse", layout.n_features, where), layout.values_are, where
     )
+
+
+def _check_range(column: pa.Array, where: str) -> None:
+    """Refuse column numbers beyond 32 bits, which could not even be compared with the number of columns."""
+    low, high = pc.min_max(column.flatten()).as_py().values()
+    if high is not None and not -(2**31) <= low <= high < 2**31:
+        found = high if high >= 2**31 else low
+        raise DataError(
+            f"{where}: a row has index {found}; expected 0 to {2**31 - 1}; number the columns from 0."
+        )
 
 
 def _ids(column: pa.Array, name: str, where: str) -> pa.Array:

@@ -106,8 +106,7 @@ def locate(name: str) -> list[str]:
     if known.fetch is None:
         raise DataError(
             f"The data set {name!r} was not found ({state}); expected {wanted}; set DISTCLUST_DATA to the "
-            "folder that "
-            "has it: it cannot be fetched by name."
+            "folder that has it: it cannot be fetched by name."
         )
     target = cache_dir() / known.place
     logger.info("Fetching %s to %s", name, target)
@@ -124,9 +123,8 @@ def locate(name: str) -> list[str]:
     except Exception as error:  # network, archive and parser errors of several libraries
         raise DataError(
             f"The data set {name!r} was not found locally ({state}) and could not be fetched ({error}); "
-            "expected "
-            f"{wanted} or a connection to its server; fetch it on a machine that has one and copy {target} "
-            "from there."
+            f"expected {wanted} or a connection to its server; fetch it on a machine that has one and copy "
+            f"{target} from there."
         ) from error
     return [str(target)]
 
@@ -143,8 +141,7 @@ def layout_of(name: str, label: str | None, values_are: Literal["weights", "coun
     if label is not None and label not in choices:
         raise ConfigError(
             f"source.label is {label!r} for the data set {name!r}; expected "
-            f"{' or '.join(map(repr, choices))}; "
-            "leave it out for the first."
+            f"{' or '.join(map(repr, choices))}; leave it out for the first."
         )
     if name.startswith("rcv1"):
         layout = replace(layout, labels_among=_RCV1_ROOTS if (label or "root") == "root" else None)
@@ -248,8 +245,7 @@ def check_documents(name: str, rows: int) -> None:
     if expected is not None and rows != expected:
         raise DataError(
             f"The data set {name!r} has {rows:,} documents here; expected {expected:,}: it is another "
-            "collection or a "
-            "part; remove the file so that it is fetched again"
+            "collection or a part; remove the file so that it is fetched again"
             + (", or choose 'rcv1-part' for the part." if name == "rcv1" else ".")
         )
 

@@ -80,8 +80,7 @@ def _check_storage(job: Job, files: tuple[str, ...] = ()) -> None:
         if not is_url(path) and not os.path.exists(path):
             raise ClusterError(
                 f"The node {socket.gethostname()} cannot see {path}; expected storage that all nodes share; "
-                "put the "
-                "documents and the corpus folder on such storage, or prepare on one machine."
+                "put the documents and the corpus folder on such storage, or prepare on one machine."
             )
 
 
@@ -250,8 +249,12 @@ def write_part_of_corpus(job: Job, number: int) -> dict[str, Any]:
         for batch in _batches(job.path("part", part), low, high):
             tables.append(_finished(job, batch, vocabulary, mapping))
     table = pa.concat_tables(tables)
-    if job.source.numbered:
-        table = table.set_column(0, "id", pa.array(np.arange(start, stop)).cast(pa.string()))
+    # made anew, so that the bytes do not tell where one part ended and the next began
+    for place, name in enumerate(("id", "labels", "title")):
+        values = table[name].to_pylist()
+        if name == "id" and job.source.numbered:
+            values = [str(row) for row in range(start, stop)]
+        table = table.set_column(place, name, pa.array(values, table.schema.field(name).type))
     info = write_shard(os.path.join(job.work, STAGED, shard_name(number)), table, job.n_features)
     counts = RowCounts.of(table)
     return {

@@ -110,8 +110,7 @@ def _prepare(
     if "://" in str(out):
         raise ConfigError(
             f"The corpus folder is {out}; expected a folder of this machine or of shared storage; prepare "
-            "there and "
-            "copy the folder to the address."
+            "there and copy the folder to the address."
         )
     folder = Path(out).expanduser().absolute()
     opened = open_source(source)
@@ -176,8 +175,8 @@ def _fitting(
         found = "weights" if not weighed else "texts" if source.kind == "text" else "counts"
         raise ConfigError(
             f"The vocabulary numbers {vocabulary.of} but the documents are {found}; expected a vocabulary "
-            "made from "
-            "the same kind of documents; leave the vocabulary out, or give the documents as it expects them."
+            "made from the same kind of documents; leave the vocabulary out, or give the documents as it "
+            "expects them."
         )
     return vocabulary
 
@@ -246,17 +245,16 @@ def _first_pass(job: Job, run: Any) -> Job:
     if sum(job.part_rows) == 0:
         raise DataError(
             "There are no documents: "
-            f"{files[0]}{' and the other files have' if len(set(files)) > 1 else ' has'} no "
-            "rows that are taken; expected at least one; check source.files and source.where."
+            f"{files[0]}{' and the other files have' if len(set(files)) > 1 else ' has'} no rows that are "
+            "taken; expected at least one; check source.files and source.where."
         )
     repeat = passes.find_repeats(job)
     if repeat is not None:
         name, places, number = repeat
         raise DataError(
             f"The id {name!r} appears {len(places)} times (in {' and '.join(dict.fromkeys(places[:2]))}); "
-            f"{number} ids "
-            f"are repeated; expected each once; drop the repeats, or name another id column than "
-            f"{job.source.layout.id!r}."
+            f"{number} ids are repeated; expected each once; drop the repeats, or name another id column "
+            f"than {job.source.layout.id!r}."
         )
     if job.source.kind == "dense":
         widths = {r["width"]: file for r, file in zip(results, files, strict=True) if r["rows"]}
@@ -369,8 +367,7 @@ def start_ray() -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"Ray cannot be reached or started at {address!r} ({error}); expected a running cluster, or "
-            "none asked "
-            "for; check RAY_ADDRESS, or unset it to work on this machine."
+            "none asked for; check RAY_ADDRESS, or unset it to work on this machine."
         ) from error
 
 

@@ -71,10 +71,8 @@ def unreadable(path: str, format_: str, error: Exception) -> DataError:
     """The error for a file that breaks off or is not what its name says."""
     return DataError(
         f"{path} cannot be read as {format_} "
-        f"({str(error).strip().splitlines()[0] if str(error) else repr(error)}); "
-        "expected a whole file: it may be truncated, still being written, or of another format; write it "
-        "again or "
-        "set source.format."
+        f"({str(error).strip().splitlines()[0] if str(error) else repr(error)}); expected a whole file: it "
+        "may be truncated, still being written, or of another format; write it again or set source.format."
     )
 
 
@@ -289,8 +287,7 @@ def _json_lines(file: IO[bytes], path: str, start: int, stop: int) -> Iterator[t
         except ValueError as error:
             raise DataError(
                 f"{path}: the line before byte {at} is not JSON ({error}); expected one JSON object a line; "
-                "mend or "
-                "drop the line."
+                "mend or drop the line."
             ) from error
         if not isinstance(record, dict):
             raise DataError(
@@ -329,8 +326,7 @@ def _batch_of_records(records: list[dict[str, Any]], columns: list[str] | None, 
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise DataError(
                 f"{path}: column {name!r} does not hold one type ({str(error).splitlines()[0]}); expected "
-                "the same "
-                "type in each line; make them all text, or all numbers, or all lists."
+                "the same type in each line; make them all text, or all numbers, or all lists."
             ) from error
     return pa.RecordBatch.from_arrays(arrays, names=names)
 
@@ -397,8 +393,8 @@ def load_npz(path: str) -> Arrays:
         ):
             raise DataError(
                 f"{path}: indptr, indices and data do not fit together ({len(indptr)} row bounds for "
-                f"{n_rows} rows, "
-                f"{nnz} indices, {len(arrays['data'])} values); expected a valid CSR matrix; save it again."
+                f"{n_rows} rows, {nnz} indices, {len(arrays['data'])} values); expected a valid CSR matrix; "
+                "save it again."
             )
         return Arrays((indptr, arrays["indices"], arrays["data"]), None, arrays.get("y"), n_rows, n_features)
     names = ("x", "y") if "x" in arrays else ("X", "y")
@@ -411,14 +407,13 @@ def load_npz(path: str) -> Arrays:
         found_text = ", ".join(f"{k} {v.shape} {v.dtype}" for k, v in sorted(arrays.items()))
         raise DataError(
             f"{path} holds {found_text or 'nothing'}; expected a CSR matrix saved by scipy.sparse.save_npz, "
-            "or an "
-            "array x of numbers (n, ...) with labels y (n,) if there are any; save it so."
+            "or an array x of numbers (n, ...) with labels y (n,) if there are any; save it so."
         )
     if y is not None and y.shape != (len(x),):
         raise DataError(
             f"{path}: y has shape {y.shape}; expected ({len(x)},), one label for each row of x; mend y."
         )
-    x = x.reshape(len(x), -1)
+    x = x.reshape(len(x), int(np.prod(x.shape[1:])))
     return Arrays(None, x, y, len(x), x.shape[1])
 
 

@@ -81,15 +81,13 @@ class SourceConfig:
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(
                 f"source.name is {self.name!r}; expected one of {', '.join(names)}; {hint}For files of your "
-                "own give "
-                "source.name=files and source.files."
+                "own give source.name=files and source.files."
             )
         if (self.name == _FILES) != bool(self.files):
             found = "no files" if not self.files else f"{len(self.files)} files"
             raise ConfigError(
                 f"source.name is {self.name!r} with {found}; expected files with the name 'files' and with "
-                "no other; "
-                "set source.name=files and source.files=[...], or leave out source.files."
+                "no other; set source.name=files and source.files=[...], or leave out source.files."
             )
         if self.name != _FILES:
             fixed = [f for f in (*_COLUMNS, "n_features") if getattr(self, f) is not None]
@@ -97,16 +95,15 @@ class SourceConfig:
             if fixed:
                 raise ConfigError(
                     f"source.{fixed[0]} is {getattr(self, fixed[0])!r} for the data set {self.name!r}; "
-                    "expected none: "
-                    "named sets know their columns; leave it out, or give the files with source.name=files."
+                    "expected none: named sets know their columns; leave it out, or give the files with "
+                    "source.name=files."
                 )
             layout_of(self.name, self.label, self.values_are)
         kinds = [k for k in ("text", "indices", "dense") if getattr(self, k) is not None]
         if len(kinds) > 1:
             raise ConfigError(
                 f"source has both {kinds[0]} and {kinds[1]}; expected one of text, indices with values, or "
-                "dense; "
-                "leave out the others."
+                "dense; leave out the others."
             )
         for name in ("limit", "n_features"):
             value = getattr(self, name)
@@ -172,15 +169,19 @@ def open_source(config: SourceConfig) -> Source:
     """
     files = _find_files(config.files) if config.name == _FILES else locate(config.name)
     format_ = _format_of(files, config.format)
-    schema = readers.schema_of(files[0], format_)
+    schemas = {file: readers.schema_of(file, format_) for file in files}
+    # a JSONL file without lines has no columns to look at
+    schemas = {file: schema for file, schema in schemas.items() if schema.names or format_ != "jsonl"}
+    if not schemas:
+        raise _no_documents(files)
+    first = next(iter(schemas))
     if config.name == _FILES:
-        layout = _layout_of_files(config, schema, files[0], format_)
+        layout = _layout_of_files(config, schemas[first], first, format_)
     else:
         layout = layout_of(config.name, config.label, config.values_are)
         layout = layout if config.where is None else replace(layout, where=config.where)
     widths = {}
-    for file in files:
-        schema = schema if file == files[0] else readers.schema_of(file, format_)
+    for file, schema in schemas.items():
         _check_columns(schema, layout, file, format_)
         if layout.dense and pa.types.is_fixed_size_list(schema.field(layout.dense).type):
             widths[schema.field(layout.dense).type.list_size] = file
@@ -203,12 +204,15 @@ def open_source(config: SourceConfig) -> Source:
     if config.limit is None and config.name != _FILES and total is not None:
         check_documents(config.name, total)
     if not splits or total == 0:
-        raise DataError(
-            f"There are no documents: {', '.join(files[:3])}{' and more' if len(files) > 3 else ''} have no "
-            "rows; "
-            "expected at least one; check source.files."
-        )
+        raise _no_documents(files)
     return Source(config, layout, tuple(splits), total, _fingerprint(files, layout, config.limit))
+
+
+def _no_documents(files: list[str]) -> DataError:
+    names = ", ".join(files[:3]) + (" and more" if len(files) > 3 else "")
+    return DataError(
+        f"There are no documents: {names} without rows; expected at least one; check source.files."
+    )
 
 
 def _plan(files: list[str], format_: str, limit: int | None) -> tuple[list[Split], int | None]:
@@ -245,8 +249,7 @@ def _find_files(patterns: tuple[str, ...]) -> list[str]:
         if not matches:
             raise DataError(
                 f"{pattern} was not found (seen from {os.getcwd()}); expected a file or a pattern that "
-                "matches files; "
-                "check source.files."
+                "matches files; check source.files."
             )
         for match in matches:
             if os.path.isdir(match):
@@ -309,10 +312,8 @@ def _layout_of_files(config: SourceConfig, schema: pa.Schema, path: str, format_
             if len(fixed) != 1:
                 raise DataError(
                     f"{path} has the columns {', '.join(names) or '(none)'}; expected one named text, two "
-                    "named "
-                    "indices and values, or one of fixed-size lists; say which with source.text, "
-                    "source.indices and "
-                    "source.values, or source.dense."
+                    "named indices and values, or one of fixed-size lists; say which with source.text, "
+                    "source.indices and source.values, or source.dense."
                 )
             dense = fixed[0]
     if not text and dense is None:
@@ -321,8 +322,7 @@ def _layout_of_files(config: SourceConfig, schema: pa.Schema, path: str, format_
     if config.values_are == "counts" and kind != "sparse":
         raise ConfigError(
             f"source.values_are is 'counts' but the documents are {kind}; expected 'weights'; only sparse "
-            "columns can "
-            "be counts."
+            "columns can be counts."
         )
     return Layout(
         kind=kind,
@@ -344,12 +344,11 @@ def _check_columns(schema: pa.Schema, layout: Layout, path: str, format_: str) -
         count = schema.names.count(name)
         if count != 1:
             near = difflib.get_close_matches(name, schema.names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = f"; did you mean {near[0]!r}" if near else ""
             found = f"no column {name!r}" if count == 0 else f"{count} columns named {name!r}"
             raise DataError(
-                f"{path} has {found}; it has {', '.join(schema.names) or 'none'}; {hint}Set the source's "
-                "column names "
-                "to columns of the file."
+                f"{path} has {found}; expected it among its columns, which are "
+                f"{', '.join(schema.names) or 'none'}{hint}; correct the name, or the file."
             )
     types = pa.types
     numbers = (types.is_integer, types.is_floating)

@@ -147,8 +147,7 @@ def passing_df(config: VocabularyConfig, df: NDArray[Any], n_documents: int) -> 
     if high < low:
         raise DataError(
             f"No word can pass: of {n_documents} documents, max_df={config.max_df} allows words in at most "
-            f"{high:g} "
-            f"and min_df={config.min_df} asks for at least {low:g}; expected max_df above min_df; "
+            f"{high:g} and min_df={config.min_df} asks for at least {low:g}; expected max_df above min_df; "
             "raise vocabulary.max_df or lower vocabulary.min_df."
         )
     mask = (df <= high) & (df >= low) & (df > 0)
@@ -159,11 +158,10 @@ def passing_df(config: VocabularyConfig, df: NDArray[Any], n_documents: int) -> 
             else "no term at all in"
         )
         raise DataError(
-            f"The vocabulary is empty: found {found} the {n_documents} documents "
-            f"(min_df={config.min_df}, max_df={config.max_df}, stop_words={config.stop_words}, "
-            f"tokens={config.tokens}); expected at least one term; lower vocabulary.min_df, raise "
-            "vocabulary.max_df, "
-            "or check that the text column is the right one."
+            f"The vocabulary is empty: found {found} the {n_documents} documents (min_df={config.min_df}, "
+            f"max_df={config.max_df}, stop_words={config.stop_words}, tokens={config.tokens}); expected at "
+            "least one term; lower vocabulary.min_df, raise vocabulary.max_df, or check that the text "
+            "column is the right one."
         )
     return mask
 
@@ -236,8 +234,7 @@ class Vocabulary:
         if self.of != "words":
             raise DataError(
                 "This vocabulary numbers the columns of given counts and has no words; expected a "
-                "vocabulary made "
-                "from texts; give `weigh` a matrix of counts instead."
+                "vocabulary made from texts; give `weigh` a matrix of counts instead."
             )
         block = count_block(texts, self.config)
         return remap(*block[:3], self.places(block.terms), self.n_features)
@@ -258,8 +255,7 @@ class Vocabulary:
         if counts.shape[1] != self.n_features:
             raise DataError(
                 f"The counts have {counts.shape[1]} columns; expected {self.n_features}, one for each term "
-                "of the "
-                "vocabulary; count with the same vocabulary."
+                "of the vocabulary; count with the same vocabulary."
             )
         counts = sparse.csr_matrix(counts)
         if not counts.has_sorted_indices:

@@ -36,8 +36,7 @@ def already_there(folder: Path, source: Source, options: dict[str, Any], overwri
     if lines and not overwrite:
         raise DataError(
             f"{folder} holds a corpus of other content; expected the same or none. It differs in: "
-            f"{'; '.join(lines)}. "
-            "Choose another folder, or give overwrite to replace it."
+            f"{'; '.join(lines)}. Choose another folder, or give overwrite to replace it."
         )
     if lines:
         return None
@@ -82,7 +81,7 @@ def workspace(folder: Path) -> Iterator[Path]:
     empty."""
     work = folder / _WORK
     holder = work / HOLDER
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         other = json.loads(holder.read_text())
     except (OSError, ValueError):
@@ -95,8 +94,7 @@ def workspace(folder: Path) -> Iterator[Path]:
     ):
         raise DataError(
             f"{folder} is being prepared by process {other['pid']} on {other['host']}; expected nobody; "
-            "wait for it, "
-            "stop it, or choose another folder."
+            "wait for it, stop it, or choose another folder."
         )
     shutil.rmtree(work, ignore_errors=True)
     try:
@@ -110,8 +108,9 @@ def workspace(folder: Path) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if made and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
 def _alive(pid: int) -> bool:
