@@ -455,7 +455,13 @@ def _register(client: MlflowClient, run_id: str, model_id: str, name: str, alias
     except Exception as error:
         if getattr(error, "error_code", None) not in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
             raise
-    version = client.create_model_version(name, f"models:/{model_id}", run_id, model_id=model_id)
+    # without a server in between, MLflow looks models:/... up in the process's default store, not in ours
+    remote = client.tracking_uri.startswith(("http", "databricks"))
+    source = f"models:/{model_id}" if remote else client.get_logged_model(model_id).artifact_location
+    there = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    version = next((version for version in there if version.source == source), None)
+    if version is None:
+        version = client.create_model_version(name, source, run_id, model_id=model_id)
     if alias:
         client.set_registered_model_alias(name, alias, version.version)
 
