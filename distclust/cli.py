@@ -1,33 +1,26 @@
 """The command line: `distclust prepare | train | assign | evaluate | demo | methods`.
 
-Everything is done by `run.py`; here are the words around it. Errors that a user can mend are printed as one paragraph:
-exit code 2 for a configuration or documents that cannot be used, 1 for everything else.
+Everything is done by `run.py`; here are the words around it. Errors that a user can mend are printed as one
+paragraph: exit code 2 for a configuration or documents that cannot be used, 1 for everything else.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from distclust.errors import ConfigError, DataError, DistclustError
+from distclust.console import display, duration, out, print_summary, reporting_errors, scored_line
+from distclust.errors import ConfigError
 
-if TYPE_CHECKING:
-    from distclust.run import Listener
-
-# everything below that needs torch, Ray or scikit-learn is imported by the command that uses it: `--help` is quick
+# what needs torch, Ray or scikit-learn is imported by the command that uses it: `--help` is quick
 
 app = typer.Typer(
     name="distclust",
@@ -37,13 +30,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=(
         "Cluster large collections of documents with deep mixture models.\n\n"
-        "A first look: `distclust demo`. Own documents: write a recipe (or take a packaged one), then `distclust train "
-        "RECIPE`. `distclust COMMAND --help` explains each command."
+        "A first look: `distclust demo`. Own documents: write a recipe (or take a packaged one), then "
+        "`distclust train RECIPE`. `distclust COMMAND --help` explains each command."
     ),
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A packaged recipe's name, or the path of a YAML file.")
 ]
@@ -51,8 +41,8 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="Changes to the recipe, such as clusters=20 source.name=20news phases.joint.epochs=5 cluster.workers=4. "
-        "A key that does not exist is refused, and the nearest one named.",
+        help="Changes to the recipe, such as clusters=20 source.name=20news phases.joint.epochs=5 "
+        "cluster.workers=4. A key that does not exist is refused, and the nearest one named.",
     ),
 ]
 DebugOption = Annotated[
@@ -77,25 +67,27 @@ def prepare(
 ) -> None:
     """Turn documents into a corpus folder: words to TF-IDF rows in sharded Arrow files.
 
-    `train` does this by itself; prepare once by hand where several runs share one corpus. Only the recipe's source,
-    vocabulary and shards matter here. Doing it again with the same documents and options does nothing.
+    `train` does this by itself; prepare once by hand where several runs share one corpus. Only the recipe's
+    source, vocabulary and shards matter here. Doing it again with the same documents and options does
+    nothing.
 
-    Example: distclust prepare damic-text source.name=files source.files=[news/*.parquet] source.text=body --out corpus
+    Example: distclust prepare damic-text source.name=files source.files=[news/*.csv] source.text=body
     """
-    with _errors(debug):
+    with reporting_errors(debug):
         from distclust.config import load_recipe
         from distclust.run import prepare_run
 
         config = load_recipe(recipe, overrides or [])
-        with _display() as listener:
+        with display() as listener:
             listener.stage("prepare")
             manifest = prepare_run(config, to, listener=listener, overwrite=overwrite)
         counts = manifest.counts
         out.print(
-            f"{to}: {manifest.n_rows:,} documents in {len(manifest.shards)} shards, {manifest.n_features:,} features, "
-            f"{manifest.n_nonzeros / manifest.n_rows:.1f} non-zeros a document.\n"
-            f"{counts.get('empty', 0):,} documents are empty rows, {counts.get('unlabelled', 0):,} have no label, "
-            f"{counts.get('multi_labelled', 0):,} have several labels: all are clustered, the last two are not scored.",
+            f"{to}: {manifest.n_rows:,} documents in {len(manifest.shards)} shards, {manifest.n_features:,} "
+            f"features, {manifest.n_nonzeros / manifest.n_rows:.1f} non-zeros a document.\n"
+            f"{counts.get('empty', 0):,} documents are empty rows, {counts.get('unlabelled', 0):,} have no "
+            f"label, {counts.get('multi_labelled', 0):,} have several labels: all are clustered, the last "
+            "two are not scored.",
             soft_wrap=True,
         )
 
@@ -123,12 +115,13 @@ def train(
 ) -> None:
     """Do the whole job: prepare, train, assign every document, score, report.
 
-    The run folder gets the model (model/), the cluster of each document (assignments/) and summary.json; MLflow gets the
-    configuration, the metrics and the model. If it is interrupted in whatever way, the same command goes on where it was.
+    The run folder gets the model (model/), the cluster of each document (assignments/) and summary.json;
+    MLflow gets the configuration, the metrics and the model. If it is interrupted in whatever way, the same
+    command goes on where it was.
 
     Example: distclust train damic-text source.name=20news clusters=20 cluster.workers=2 --run runs/20news
     """
-    with _errors(debug):
+    with reporting_errors(debug):
         from distclust.config import load_recipe
 
         config = load_recipe(recipe, overrides or [])
@@ -144,10 +137,10 @@ def demo(
 ) -> None:
     """Cluster 7,160 Reuters stories with two workers, the whole way, in a few minutes on two cores.
 
-    The same as `distclust train demo`. It needs no data and no network. Given again it prints the tables of the finished
-    run.
+    The same as `distclust train demo`. It needs no data and no network. Given again it prints the tables of
+    the finished run.
     """
-    with _errors(debug):
+    with reporting_errors(debug):
         from distclust.config import load_recipe
 
         _train(load_recipe("demo", overrides or []), run, None, True)
@@ -173,8 +166,8 @@ def assign(
         typer.Option(
             "--source",
             metavar="KEY=VALUE",
-            help="What the files' columns are, as in a recipe's source: text=body, id=number, format=jsonl, ... or "
-            "name=20news for a named set. May be given several times.",
+            help="What the files' columns are, as in a recipe's source: text=body, id=number, format=jsonl, "
+            "... or name=20news for a named set. May be given several times.",
             show_default=False,
         ),
     ] = None,
@@ -189,28 +182,29 @@ def assign(
 ) -> None:
     """Write the cluster of every document: those of a corpus, or new ones from text.
 
-    New documents go through the vocabulary of the model, unchanged. The result has the columns id, cluster and
-    probability. It does not depend on --workers. If it is interrupted, the same command goes on where it was.
+    New documents go through the vocabulary of the model, unchanged. The result has the columns id, cluster
+    and probability. It does not depend on --workers. If it is interrupted, the same command goes on where it
+    was.
 
     Examples: distclust assign runs/demo news/*.jsonl --source text=body --out assigned
 
               distclust assign runs/demo --corpus runs/demo/corpus --probabilities --out all
     """
-    with _errors(debug):
+    with reporting_errors(debug):
+        from distclust.results.assign import AssignConfig
         from distclust.run import assign_run
 
         documents = _documents(files or [], corpus, source or [])
-        with _display() as listener:
+        with display() as listener:
             listener.stage("assign")
-            done = assign_run(
-                model, documents, to, workers=workers, all_probabilities=probabilities, listener=listener
-            )
+            config = AssignConfig(workers=workers, all_probabilities=probabilities)
+            done = assign_run(model, documents, to, config, listener=listener)
         sizes = done.sizes
-        empty, close = done.manifest["empty"], done.manifest["close"]
+        empty, close = done.manifest["empty"], done.manifest["ambiguous"]
         out.print(
-            f"{to}: {done.n_documents:,} documents in {int((sizes > 0).sum())} of {len(sizes)} clusters, the largest with "
-            f"{int(sizes.max()):,}. {empty:,} had nothing that the model knows (all-zero rows); {close:,} were so close "
-            "between two clusters that rounding decides.",
+            f"{to}: {done.n_documents:,} documents in {int((sizes > 0).sum())} of {len(sizes)} clusters, the "
+            f"largest with {int(sizes.max()):,}. {empty:,} had nothing that the model knows (all-zero rows); "
+            f"{close:,} were so close between two clusters that rounding decides.",
             soft_wrap=True,
         )
 
@@ -240,7 +234,7 @@ def evaluate(
 
     Example: distclust evaluate runs/demo
     """
-    with _errors(debug):
+    with reporting_errors(debug):
         from distclust.results.report import SCORE_NAMES, score_table
         from distclust.run import evaluate_run
 
@@ -248,14 +242,16 @@ def evaluate(
         if as_json:
             out.print(json.dumps(found, indent=1), soft_wrap=True, markup=False)
             return
-        note = f"{_scored(found)}; {found['clusters']} clusters, {found['classes']} classes."
-        out.print(score_table(str(assignments), {key: found[key] for key in SCORE_NAMES}, {}, note))
+        out.print(score_table(str(assignments), {key: found[key] for key in SCORE_NAMES}, {}))
+        out.print(
+            f"{scored_line(found)} {found['clusters']} clusters, {found['classes']} classes.", soft_wrap=True
+        )
 
 
 @app.command()
 def methods(debug: DebugOption = False) -> None:
     """Print the table of methods: what each puts in its slots, and its paper."""
-    with _errors(debug):
+    with reporting_errors(debug):
         from distclust.mixture.methods import METHODS
 
         for name, row in METHODS.items():
@@ -287,48 +283,14 @@ def methods(debug: DebugOption = False) -> None:
 
 
 def _train(config: Any, folder: Path, corpus: str | None, baselines: bool) -> None:
-    from distclust.run import train_run
+    from distclust.run import is_finished, train_run
 
-    start = time.monotonic()
-    with _display() as listener:
+    start, before = time.monotonic(), is_finished(folder)
+    with display() as listener:
         summary = train_run(config, folder, corpus_root=corpus, listener=listener, baselines=baselines)
     print_summary(summary, folder)
-    out.print(f"This took {_duration(time.monotonic() - start)}.")
-
-
-def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    """The tables of a run, and where its things are."""
-    from distclust.results.report import SCORE_NAMES, ClusterSummary, cluster_table, score_table
-
-    clusters = [ClusterSummary(**{**c, "terms": tuple(c["terms"])}) for c in summary["clusters"]]
-    out.print()
-    out.print(cluster_table(clusters, width=out.width))
-    out.print()
-    scores = {key: summary[key] for key in SCORE_NAMES}
-    if summary["scored"]:
-        name = f"{summary['method']}, seed {summary['seed']}"
-        out.print(score_table(name, scores, summary["baselines"], _scored(summary)))
-    else:
-        out.print(
-            f"No document has exactly one label, so nothing is scored. {_scored(summary)}", soft_wrap=True
-        )
-    out.print()
-    for line in (
-        f"summary      {folder / 'summary.json'}",
-        f"assignments  {folder / summary['assignments']}",
-        f"model        {folder / summary['model']}",
-        f"MLflow       {summary['how_to_open']}" if summary["how_to_open"] else "",
-    ):
-        if line:
-            out.print(line, soft_wrap=True, markup=False)
-
-
-def _scored(found: dict[str, Any]) -> str:
-    documents = found.get("n_documents", found.get("documents"))
-    return (
-        f"{found['scored']:,} of {documents:,} documents scored ({found['unlabelled']:,} without a label, "
-        f"{found['multi_labelled']:,} with several)"
-    )
+    took = duration(time.monotonic() - start)
+    out.print("The run was finished before; nothing was done." if before else f"This took {took}.")
 
 
 def _documents(files: Sequence[str], corpus: str | None, source: Sequence[str]) -> Any:
@@ -357,114 +319,6 @@ def _corpus_of(assignments: Path) -> Path:
     raise ConfigError(
         f"{assignments} is not of a run with a corpus; expected --corpus with the labelled corpus"
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """Errors as one paragraph and an exit code; log messages through rich."""
-    handler = RichHandler(
-        console=err, show_time=False, show_path=False, show_level=False, markup=False, highlighter=None
-    )
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    ours = logging.getLogger("distclust")
-    level = ours.level
-    ours.setLevel(logging.DEBUG if debug else logging.WARNING)
-    ours.addHandler(handler)
-    try:
-        yield
-    except DistclustError as error:
-        if debug:
-            raise
-        err.print(Text.assemble(("error: ", "bold red"), " ".join(str(error).split())), soft_wrap=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError | DataError) else 1) from None
-    except KeyboardInterrupt:
-        err.print("interrupted; the same command goes on where it was", soft_wrap=True)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if debug:
-            raise
-        err.print(
-            Text.assemble(
-                ("error: ", "bold red"),
-                f"{type(error).__name__}: {' '.join(str(error).split())}. This should not happen; --debug shows where it did",
-            ),
-            soft_wrap=True,
-        )
-        raise typer.Exit(1) from None
-    finally:
-        ours.removeHandler(handler)
-        ours.setLevel(level)
-
-
-STAGES = {
-    "prepare": "documents to rows",
-    "train": "training",
-    "assign": "assigning every document",
-    "baselines": "baselines",
-    "report": "report",
-    "mlflow": "MLflow",
-}
-
-
-@contextmanager
-def _display() -> Iterator[Listener]:
-    """A progress display: bars on a terminal, a line for each stage and phase elsewhere."""
-    from distclust.run import Listener
-
-    if not err.is_terminal:
-
-        class Lines(Listener):
-            said = ""
-
-            def stage(self, name: str) -> None:
-                self._say(STAGES.get(name, name))
-
-            def advance(self, done: int, total: int, note: str = "") -> None:
-                self._say("  " + note.split(",")[0].split("  ")[0].rstrip(")") + (")" if "(" in note else ""))
-
-            def _say(self, line: str) -> None:
-                if line.strip() and line != self.said:
-                    self.said = line
-                    err.print(line, soft_wrap=True, markup=False)
-
-        yield Lines()
-        return
-
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-        console=err,
-        transient=False,
-    )
-
-    class Bars(Listener):
-        task: TaskID | None = None
-
-        def stage(self, name: str) -> None:
-            self._end()
-            self.task = progress.add_task(STAGES.get(name, name), total=None, note="")
-
-        def advance(self, done: int, total: int, note: str = "") -> None:
-            if self.task is not None:
-                progress.update(self.task, completed=done, total=max(total, 1), note=note)
-
-        def _end(self) -> None:
-            if self.task is not None:
-                progress.update(self.task, total=1, completed=1, note="")
-                progress.stop_task(self.task)
-
-    bars = Bars()
-    with progress:
-        yield bars
-        bars._end()
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """The whole job: documents in; clusters, scores, a report and a model out.
 
-`train_run` reads from top to bottom. Each part of the job leaves something whole behind, and the run folder says which parts
-are done (`done.json`): the same command after a loss goes on behind them, and after the end it only reads the summary.
+`train_run` reads from top to bottom. Each part of the job leaves something whole behind, and the run folder
+says which parts are done (`done.json`): the same command after a loss goes on behind them, and after the end
+it only reads the summary.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,13 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distclust.config import ClusterConfig, RunConfig, to_dict
+from distclust.corpus.cache import is_url
 from distclust.corpus.prepare import prepare, prepare_local
 from distclust.corpus.shards import Corpus, Manifest
 from distclust.corpus.sources import SourceConfig
 from distclust.corpus.vocabulary import VOCABULARY_FILE, Vocabulary
 from distclust.errors import DataError
 from distclust.mixture.model import MixtureModel
-from distclust.results.assign import Assignment, assign_corpus, assign_documents
+from distclust.results.assign import AssignConfig, assign_corpus, assign_documents
+from distclust.results.assignment import Assignment
 from distclust.results.baselines import code_baselines, corpus_baselines
 from distclust.results.evaluate import class_numbers, evaluate, score_clusters
 from distclust.results.from_checkpoint import encode_corpus, export_checkpoint, load_model, predict_corpus
@@ -38,6 +40,7 @@ from distclust.results.report import SCORE_NAMES, describe_clusters
 from distclust.run_folder import (
     DONE,
     SUMMARY,
+    Done,
     check_same_data,
     check_same_run,
     hold,
@@ -45,6 +48,7 @@ from distclust.run_folder import (
     remember_run,
     write_json,
 )
+from distclust.training.checkpoint import differences
 from distclust.training.cluster import connect, run_training
 from distclust.training.engine import Outcome
 from distclust.training.tracking import Tracker
@@ -96,9 +100,8 @@ def assign_run(
     model: str | Path,
     documents: str | Path | SourceConfig,
     out: str | Path,
+    config: AssignConfig | None = None,
     *,
-    workers: int = 0,
-    all_probabilities: bool = False,
     listener: Listener = SILENT,
 ) -> Assignment:
     """Assign a prepared corpus (a folder or URL) or new documents (a `SourceConfig`).
@@ -107,23 +110,22 @@ def assign_run(
         model: a model folder, or a run folder with one.
         documents: which.
         out: where the assignments go.
-        workers: of Ray Data; 0 works in this process.
-        all_probabilities: write those of all clusters too.
+        config: workers and columns; by default in this process.
         listener: who is told.
 
     Raises:
         DataError: no model, documents that do not fit it, or rows that cannot be used.
     """
     folder = model_folder(model)
-    options: dict[str, Any] = {
-        "workers": workers,
-        "all_probabilities": all_probabilities,
-        "progress": lambda done, total: listener.advance(done, total, "assigning documents"),
-    }
-    with _ray(ClusterConfig(workers=workers)):
+    config = config or AssignConfig()
+
+    def progress(done: int, total: int) -> None:
+        listener.advance(done, total, "part by part")
+
+    with _ray(ClusterConfig(workers=config.workers)):
         if isinstance(documents, SourceConfig):
-            return assign_documents(folder, documents, out, **options)
-        return assign_corpus(folder, documents, out, **options)
+            return assign_documents(folder, documents, out, config, progress=progress)
+        return assign_corpus(folder, documents, out, config, progress=progress)
 
 
 def evaluate_run(assignments: str | Path, corpus: str | Path) -> dict[str, Any]:
@@ -167,9 +169,9 @@ def train_run(
     Args:
         config: the resolved configuration.
         run_dir: the run folder, on storage that all nodes see.
-        corpus_root: a corpus folder to use (prepared there if need be); by default `corpus` in the run folder.
+        corpus_root: a corpus to use, prepared there if need be; by default `corpus` in the run folder.
         listener: who is told.
-        baselines: whether the baselines are made; they need labels to be of use and are left out without.
+        baselines: whether the baselines are made; without any label they are left out.
 
     Returns:
         The contents of summary.json.
@@ -181,11 +183,16 @@ def train_run(
     """
     folder = Path(run_dir)
     with _terminating(), hold(folder):
-        if check_same_run(folder, config) and read_json(folder / DONE).get("finished"):
+        if check_same_run(folder, config) and is_finished(folder):
             log.info("%s is finished; nothing to do", folder)
             return read_json(folder / SUMMARY)
         with _ray(config.cluster):
             return _Job(config, folder, corpus_root, listener).run(baselines)
+
+
+def is_finished(run_dir: str | Path) -> bool:
+    """Whether the run in the folder is over, in every part."""
+    return bool(read_json(Path(run_dir) / DONE).get("finished"))
 
 
 @contextmanager
@@ -205,43 +212,6 @@ def _terminating() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@dataclass
-class _Done:
-    """What done.json says: parts of the job with their results and seconds."""
-
-    path: Path
-    content: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.content = {"finished": False, "seconds": {}, "baselines": {}} | read_json(self.path)
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        found: dict[str, float] = self.content["seconds"]
-        return found
-
-    @property
-    def baselines(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.content["baselines"]
-        return found
-
-    def add_seconds(self, part: str, seconds: float) -> None:
-        self.seconds[part] = round(self.seconds.get(part, 0.0) + seconds, 3)
-
-    def save(self) -> None:
-        write_json(self.path, self.content)
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Seconds of a part, summed over the starts of a run; saved with what the part leaves in `content`."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.add_seconds(part, time.monotonic() - start)
-        self.save()
-
-
 class _Job:
     """One start of a run. Attributes are what later parts need of earlier ones."""
 
@@ -252,7 +222,7 @@ class _Job:
     def __init__(self, config: RunConfig, folder: Path, corpus_root: str | Path | None, listener: Listener):
         self.config, self.folder, self.listener = config, folder, listener
         self.corpus_root = corpus_root if corpus_root is not None else folder / "corpus"
-        self.done = _Done(folder / DONE)
+        self.done = Done(folder / DONE)
         self.model = folder / MODEL
 
     def run(self, baselines: bool) -> dict[str, Any]:
@@ -273,7 +243,10 @@ class _Job:
         """The corpus, and the checks that need it; from here on the folder belongs to this configuration."""
         self.listener.stage("prepare")
         with _timed(lambda s: self.done.add_seconds("prepare", s)):
-            prepare_run(self.config, self.corpus_root, listener=self.listener)
+            if is_url(str(self.corpus_root)):
+                check_prepared(Manifest.load(self.corpus_root), self.config, str(self.corpus_root))
+            else:
+                prepare_run(self.config, self.corpus_root, listener=self.listener)
             self.corpus = Corpus.open(self.corpus_root)
         manifest = self.corpus.manifest
         data = {"corpus": manifest.fingerprint, "vocabulary": manifest.vocabulary_fingerprint}
@@ -290,10 +263,13 @@ class _Job:
         if not self.config.tracking.enabled:
             yield None
             return
+        self.listener.stage("mlflow")
+        start = time.monotonic()
         with Tracker.open(self.config.tracking, self.folder, name=self.folder.absolute().name) as tracker:
             manifest = self.corpus.manifest
             tracker.log_params(to_dict(self.config))
             tracker.log_dataset(to_dict(manifest), str(self.corpus_root), fingerprint=manifest.fingerprint)
+            self.done.add_seconds("mlflow", time.monotonic() - start)
             yield tracker
 
     def train(self, tracker: Tracker | None) -> None:
@@ -318,17 +294,17 @@ class _Job:
         """Every document's cluster."""
         self.listener.stage("assign")
         with self.done.timed("assign"):
-            self.assignment = assign_corpus(
+            cluster = self.config.cluster
+            self.assignment = assign_run(
                 self.model,
                 self.corpus_root,
                 self.folder / ASSIGNMENTS,
-                workers=self.config.cluster.worker_range[1],
-                gpus_per_worker=self.config.cluster.gpus_per_worker,
-                progress=lambda done, total: self.listener.advance(done, total, "assigning documents"),
+                AssignConfig(workers=cluster.worker_range[1], gpus_per_worker=cluster.gpus_per_worker),
+                listener=self.listener,
             )
 
     def make_baselines(self, truth: NDArray[np.int64]) -> None:
-        """Scores of what simpler methods find in the same documents; each once, however often the run is started."""
+        """Scores of what simpler methods find in the same documents; made once, in whichever start."""
         self.listener.stage("baselines")
         k, seed = self.config.clusters, self.config.seed
         before = phase_before_joint(self.config)
@@ -384,7 +360,7 @@ class _Job:
             "classes": len(self.corpus.manifest.classes),
             "baselines": found,
             "clusters": [c.as_dict() for c in described],
-            "close_calls": self.assignment.manifest["close"],
+            "ambiguous": self.assignment.manifest["ambiguous"],
             "seconds": dict(self.done.seconds),
             "global_steps": self.outcome.global_steps,
             "checkpoint": _relative(self.outcome.checkpoint, self.folder),
@@ -443,7 +419,7 @@ class _Job:
 class _PhaseWatch:
     """Hears of the training's progress; measures each phase by this process' clock, and passes it on."""
 
-    def __init__(self, config: RunConfig, done: _Done, listener: Listener):
+    def __init__(self, config: RunConfig, done: Done, listener: Listener):
         self.done, self.listener = done, listener
         self.names = [phase.name for phase in config.phases]
         self.phase = -1
@@ -452,11 +428,11 @@ class _PhaseWatch:
     def __call__(self, progress: dict[str, Any]) -> None:
         self._turn_to(int(progress["phase_index"]))
         if progress["phase"]:
-            epoch = min(progress["epoch"] + 1, max(progress["epochs"], 1))
-            note = f"{progress['phase']} (phase {progress['phase_index'] + 1} of {progress['phases']}"
-            note += f", epoch {epoch} of {progress['epochs']})" if progress["epochs"] else ")"
-            loss = progress["metrics"].get("loss")
-            note += "" if loss is None else f"  loss {loss:.4g}"
+            loss, metrics = "", progress["metrics"]
+            if "loss" in metrics:
+                loss = f", loss {metrics['loss']:.4g}"
+            epoch = f", epoch {min(progress['epoch'] + 1, progress['epochs'])}/{progress['epochs']}"
+            note = progress["phase"] + (epoch if progress["epochs"] else "") + loss
         else:
             note = "trained"
         self.listener.advance(progress["global_step"], progress["total_steps"], note)
@@ -493,6 +469,22 @@ def phase_before_joint(config: RunConfig) -> str:
     return config.phases[-2].name if len(config.phases) > 1 else config.phases[-1].name
 
 
+def check_prepared(manifest: Manifest, config: RunConfig, where: str) -> None:
+    """Refuse a corpus behind a URL, which cannot be prepared again there, if it was prepared otherwise.
+
+    Raises:
+        DataError: the differences are listed.
+    """
+    asked = {group: to_dict(getattr(config, group)) for group in ("source", "vocabulary", "shards")}
+    unlike = differences({group: manifest.options.get(group) or {} for group in asked}, asked)
+    if unlike:
+        listed = "; ".join(line.replace("in the checkpoint", "there") for line in unlike)
+        raise DataError(
+            f"the corpus {where} was prepared otherwise: {listed}. Expected the same source, vocabulary and "
+            "shards. Give those, or prepare another corpus"
+        )
+
+
 def check_distinct(corpus: Corpus, n_clusters: int) -> None:
     """Refuse more clusters than there are distinct documents; reads no further than it takes to find enough.
 
@@ -515,9 +507,9 @@ def check_distinct(corpus: Corpus, n_clusters: int) -> None:
             if len(seen) >= n_clusters:
                 return
     raise DataError(
-        f"clusters is {n_clusters}, but the {corpus.n_rows} documents of {corpus.root} have only {len(seen)} distinct rows; "
-        f"expected at most one cluster for each. Give clusters={max(len(seen), 2)} or fewer, more documents, or a larger "
-        "vocabulary"
+        f"clusters is {n_clusters}, but the {corpus.n_rows} documents of {corpus.root} have only {len(seen)} "
+        f"distinct rows; expected at most one cluster for each. Give clusters={max(len(seen), 2)} or fewer, "
+        "more documents, or a larger vocabulary"
     )
 
 

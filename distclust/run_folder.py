@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ _FREE = ("checkpoint", "cluster", "tracking")
 def hold(run_dir: Path) -> Iterator[None]:
     """Hold the run folder, made if need be: one process at a time.
 
-    The lock file is locked in the kernel's sense too, so the lock of a process that died on this machine is free at once.
-    Machines that share the folder may not share such locks: there the file's own word counts, and its time, which a
-    holder renews.
+    The lock file is locked in the kernel's sense too, so the lock of a process that died on this machine is
+    free at once. Machines that share the folder may not share such locks: there the file's own word counts,
+    and its time, which a holder renews.
 
     Raises:
         ConfigError: another process holds it; it is named.
@@ -159,8 +160,9 @@ def _read(handle: int) -> dict[str, Any]:
 def _held(run_dir: Path, holder: Mapping[str, Any]) -> str:
     who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('start', '?')}"
     return (
-        f"the run folder {run_dir} is held by {who}; expected one process at a time. Wait for it, or give another "
-        f"folder with --run; if that machine is gone, its hold ends {DEAD_AFTER_S:.0f} s after its last sign of life"
+        f"the run folder {run_dir} is held by {who}; expected one process at a time. Wait for it, or give "
+        f"another folder with --run; if that machine is gone, its hold ends {DEAD_AFTER_S:.0f} s after its "
+        "last sign of life"
     )
 
 
@@ -197,7 +199,8 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path} cannot be read ({error}); expected what an earlier run wrote. Restore it, or take another run folder"
+            f"{path} cannot be read ({error}); expected what an earlier run wrote. Restore it, or take "
+            "another run folder"
         ) from error
     if not isinstance(found, dict):
         raise ConfigError(
@@ -268,6 +271,46 @@ def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
 def _another_run(run_dir: Path, unlike: list[str]) -> str:
     listed = "; ".join(line.replace("in the checkpoint", "there") for line in unlike)
     return (
-        f"{run_dir} holds a run that was started otherwise: {listed}. Expected the same configuration and data. "
-        "Give those to continue it, or another folder with --run"
+        f"{run_dir} holds a run that was started otherwise: {listed}. Expected the same configuration and "
+        "data. Give those to continue it, or another folder with --run"
     )
+
+
+# ---- what is done
+
+
+@dataclass
+class Done:
+    """What done.json says: parts of the job with their results and seconds."""
+
+    path: Path
+    content: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.content = {"finished": False, "seconds": {}, "baselines": {}} | read_json(self.path)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        found: dict[str, float] = self.content["seconds"]
+        return found
+
+    @property
+    def baselines(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.content["baselines"]
+        return found
+
+    def add_seconds(self, part: str, seconds: float) -> None:
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + seconds, 3)
+
+    def save(self) -> None:
+        write_json(self.path, self.content)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Seconds of a part, summed over the starts of a run; saved with what the part left in `content`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add_seconds(part, time.monotonic() - start)
+        self.save()

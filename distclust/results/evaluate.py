@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from distclust.corpus.shards import Corpus
 from distclust.errors import DataError
-from distclust.results.assign import MANIFEST, Assignment
+from distclust.results.assignment import MANIFEST, Assignment
 from distclust.results.metrics import contingency, scores
 from distclust.results.report import SCORE_NAMES
 
@@ -52,8 +52,8 @@ def read_clusters(folder: str | Path, corpus: Corpus) -> tuple[NDArray[np.int64]
     """The clusters (N,) of the corpus' documents, in its order, and K.
 
     Args:
-        folder: what `distclust assign` wrote, or any Parquet files with the columns ``id`` and ``cluster`` (whole
-            numbers from 0).
+        folder: what `distclust assign` wrote, or any Parquet files with the columns ``id`` and ``cluster``
+            (whole numbers from 0).
         corpus: the documents, matched by id.
 
     Raises:
@@ -64,7 +64,7 @@ def read_clusters(folder: str | Path, corpus: Corpus) -> tuple[NDArray[np.int64]
     if (root / MANIFEST).exists():
         assignment = Assignment.open(root)
         n_clusters = len(assignment.sizes)
-        files = [root / part["file"] for part in assignment.manifest["parts"]]
+        files = assignment.files
     else:
         files = [root] if root.is_file() else sorted(root.glob("*.parquet"))
         if not files:
@@ -96,7 +96,8 @@ def _read(file: Path) -> pa.Table:
         raise DataError(f"{file} has no column {' and '.join(sorted(missing))}; expected id and cluster.")
     if not pa.types.is_integer(table.schema.field("cluster").type) or table["cluster"].null_count:
         raise DataError(
-            f"{file}: column cluster is {table.schema.field('cluster').type}; expected whole numbers, no nulls."
+            f"{file}: column cluster is {table.schema.field('cluster').type}; expected whole numbers, no "
+            "nulls."
         )
     return pa.table({"id": table["id"].cast(pa.string()), "cluster": table["cluster"].cast(pa.int64())})
 
@@ -121,7 +122,8 @@ def evaluate(folder: str | Path, corpus_root: str | Path) -> dict[str, Any]:
     """Score an assignment folder against the labels of a corpus.
 
     Returns:
-        ``documents``, ``scored``, ``unlabelled``, ``multi_labelled``, ``clusters``, ``classes`` and the four scores.
+        ``documents``, ``scored``, ``unlabelled``, ``multi_labelled``, ``clusters``, ``classes`` and the four
+        scores.
 
     Raises:
         DataError: they do not fit, or no document has exactly one label.
@@ -130,8 +132,8 @@ def evaluate(folder: str | Path, corpus_root: str | Path) -> dict[str, Any]:
     truth = class_numbers(corpus)
     if not (truth >= 0).any():
         raise DataError(
-            f"none of the {corpus.n_rows:,} documents of {corpus_root} has exactly one label; expected labels to score "
-            "against. Prepare it with source.label"
+            f"none of the {corpus.n_rows:,} documents of {corpus_root} has exactly one label; expected "
+            "labels to score against. Prepare it with source.label"
         )
     clusters, n_clusters = read_clusters(folder, corpus)
     counts: Mapping[str, int] = corpus.manifest.counts

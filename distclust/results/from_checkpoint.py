@@ -58,8 +58,8 @@ def export_checkpoint(checkpoint: str, config: RunConfig, corpus: Corpus, folder
     content = corpus.read_file(VOCABULARY_FILE)
     if content is None:
         raise DataError(
-            f"{corpus.root} has lost its {VOCABULARY_FILE}; expected the one it was prepared with: restore it, or "
-            "prepare the corpus again"
+            f"{corpus.root} has lost its {VOCABULARY_FILE}; expected the one it was prepared with: restore "
+            "it, or prepare the corpus again"
         )
     # the corpus may lie behind a URL, a vocabulary is read from a file
     copy = folder.parent / f".{folder.name}-{VOCABULARY_FILE}"
@@ -108,9 +108,7 @@ def _blocks(corpus: Corpus) -> Iterator[tuple[Rows, int]]:
             assert shard.indices is not None
             assert shard.values is not None
             span = slice(shard.offsets[start], shard.offsets[stop])
-            parts = (
-                shard.offsets[start : stop + 1].astype(np.int64) - shard.offsets[start],
-                shard.indices[span].astype(np.int64),
-                shard.values[span].copy(),
-            )
-            yield SparseRows(*map(torch.from_numpy, parts), n_features=corpus.n_features), stop - start
+            offsets = shard.offsets[start : stop + 1].astype(np.int64) - shard.offsets[start]
+            indices = torch.from_numpy(shard.indices[span].astype(np.int64))
+            values = torch.from_numpy(shard.values[span].copy())
+            yield SparseRows(torch.from_numpy(offsets), indices, values, corpus.n_features), stop - start

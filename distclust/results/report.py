@@ -1,7 +1,7 @@
-"""What a person reads after a run: the clusters with their words and documents, and the scores beside the baselines.
+"""What a person reads after a run: clusters with words and documents, scores beside the baselines.
 
-A cluster is described by the corpus alone: its size, the words that set it apart, and the document nearest to its mean
-row. Labels play no part.
+A cluster is described by the corpus alone: its size, the words that set it apart, and the document nearest to
+its mean row. Labels play no part.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ def describe_clusters(
 ) -> list[ClusterSummary]:
     """Describe each cluster, in two passes over the shards.
 
-    A word's weight in cluster k is ``m_k log(m_k / m)``, with its mean value m_k in the cluster and m over all documents:
-    its part of the divergence between the two, so that a word must be both frequent here and rarer elsewhere. The nearest
-    document has the largest cosine with the cluster's mean row; the first of equals.
+    A word's weight in cluster k is ``m_k log(m_k / m)``, with its mean value m_k in the cluster and m over
+    all documents: its part of the divergence between the two, so that a word must be both frequent here and
+    rarer elsewhere. The nearest document has the largest cosine with the cluster's mean row; the first of
+    equals.
 
     Args:
         corpus: the rows.
@@ -223,7 +224,6 @@ def score_table(
     method: str,
     scores: Mapping[str, float | None],
     baselines: Mapping[str, Mapping[str, float | None]],
-    note: str = "",
 ) -> Table:
     """The method's four scores above those of the baselines; the best of each column is bold.
 
@@ -231,13 +231,10 @@ def score_table(
         method: its name, the first row.
         scores: the four by name.
         baselines: name -> the four.
-        note: a line below the table (how many documents were scored).
     """
     table = Table(
         title="Agreement with the given labels",
         title_justify="left",
-        caption=note or None,
-        caption_justify="left",
         pad_edge=False,
         box=None,
         padding=(0, 1),
@@ -247,8 +244,7 @@ def score_table(
         table.add_column(heading, justify="right", no_wrap=True)
     rows = {method: scores, **baselines}
     best = {
-        key: max((r[key] for r in rows.values() if r.get(key) is not None), default=None)
-        for key in SCORE_NAMES
+        key: max((v for r in rows.values() if (v := r[key]) is not None), default=None) for key in SCORE_NAMES
     }
     for name, row in rows.items():
         cells = []

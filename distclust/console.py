@@ -1,0 +1,207 @@
+"""What a job says on a terminal: progress, tables, errors.
+
+Used by the command line and by the jobs of a cluster. Tables go to the standard output; progress, warnings
+and errors to the standard error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from distclust.errors import ConfigError, DataError, DistclustError
+
+if TYPE_CHECKING:
+    from distclust.run import Listener
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+STAGES = {
+    "prepare": "documents to rows",
+    "train": "training",
+    "assign": "assigning documents",
+    "baselines": "baselines",
+    "report": "report",
+    "mlflow": "MLflow",
+}
+"""What the parts of a job are called."""
+
+
+# ---- errors
+
+
+@contextmanager
+def reporting_errors(debug: bool = False) -> Iterator[None]:
+    """Errors as one paragraph on the standard error, and an exit code by `SystemExit`.
+
+    The code is 2 for a configuration or documents that cannot be used, 1 for any other error, 130 for Ctrl-C.
+    Warnings of the package are printed too; with `debug` all its messages, and errors keep their trace.
+    """
+    handler = RichHandler(
+        console=err, show_time=False, show_path=False, show_level=False, markup=False, highlighter=None
+    )
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("distclust")
+    level = ours.level
+    ours.setLevel(logging.DEBUG if debug else logging.WARNING)
+    ours.addHandler(handler)
+    if not debug:
+        _quieten_libraries()
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command goes on where it was", soft_wrap=True)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if debug:
+            raise
+        print_error(error)
+        raise SystemExit(exit_code(error)) from None
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+
+
+def exit_code(error: Exception) -> int:
+    """2 for what the user gave, 1 for what happened."""
+    return 2 if isinstance(error, ConfigError | DataError) else 1
+
+
+def print_error(error: Exception) -> None:
+    """The error in one paragraph."""
+    words = " ".join(str(error).split())
+    if not isinstance(error, DistclustError):
+        words = f"{type(error).__name__}: {words}. This should not happen; --debug shows where it did"
+    err.print(Text.assemble(("error: ", "bold red"), words), soft_wrap=True)
+
+
+def _quieten_libraries() -> None:
+    """Libraries that greet on the standard error speak up only when something is wrong."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for name in ("ray.data", "ray.data._internal.progress", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# ---- progress
+
+
+@contextmanager
+def display() -> Iterator[Listener]:
+    """A progress display on the standard error: bars on a terminal, elsewhere a line for each stage and
+    phase."""
+    listener = _bars() if err.is_terminal else _lines()
+    with listener as told:
+        yield told
+
+
+@contextmanager
+def _lines() -> Iterator[Listener]:
+    from distclust.run import Listener
+
+    class Lines(Listener):
+        said = ""
+
+        def stage(self, name: str) -> None:
+            self._say(STAGES.get(name, name))
+
+        def advance(self, done: int, total: int, note: str = "") -> None:
+            if note:
+                self._say(f"  {note.split(',')[0]}")  # without what changes with each step
+
+        def _say(self, line: str) -> None:
+            if line != self.said:
+                self.said = line
+                err.print(line, soft_wrap=True, markup=False)
+
+    yield Lines()
+
+
+@contextmanager
+def _bars() -> Iterator[Listener]:
+    from distclust.run import Listener
+
+    progress = Progress(
+        TextColumn("{task.description:<19}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=err,
+    )
+
+    class Bars(Listener):
+        task: TaskID | None = None
+
+        def stage(self, name: str) -> None:
+            self.end()
+            self.task = progress.add_task(STAGES.get(name, name), total=None, note="")
+
+        def advance(self, done: int, total: int, note: str = "") -> None:
+            if self.task is not None:
+                progress.update(self.task, completed=done, total=max(total, 1), note=note)
+
+        def end(self) -> None:
+            if self.task is not None:
+                progress.update(self.task, total=1, completed=1, note="")
+                progress.stop_task(self.task)
+
+    bars = Bars()
+    with progress:
+        yield bars
+        bars.end()
+
+
+# ---- results
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """The tables of a run, and where its things are.
+
+    Args:
+        summary: the contents of summary.json.
+        folder: the run folder.
+    """
+    from distclust.results.report import SCORE_NAMES, ClusterSummary, cluster_table, score_table
+
+    clusters = [ClusterSummary(**{**c, "terms": tuple(c["terms"])}) for c in summary["clusters"]]
+    out.print()
+    out.print(cluster_table(clusters, width=out.width))
+    out.print()
+    if summary["scored"]:
+        name = f"{summary['method']}, seed {summary['seed']}"
+        out.print(score_table(name, {key: summary[key] for key in SCORE_NAMES}, summary["baselines"]))
+    else:
+        out.print("No document has exactly one label, so nothing is scored.")
+    out.print(scored_line(summary), soft_wrap=True)
+    out.print()
+    places = {"summary": "summary.json", **{key: summary[key] for key in ("assignments", "model")}}
+    for what, place in places.items():
+        out.print(f"{what:<12} {folder / place}", soft_wrap=True, markup=False)
+    if summary["how_to_open"]:
+        out.print(f"{'MLflow':<12} {summary['how_to_open']}", soft_wrap=True, markup=False)
+
+
+def scored_line(found: dict[str, Any]) -> str:
+    """How many documents were scored, and why the others were not."""
+    documents = found.get("n_documents", found.get("documents"))
+    return (
+        f"{found['scored']:,} of {documents:,} documents scored ({found['unlabelled']:,} without a label, "
+        f"{found['multi_labelled']:,} with several)."
+    )
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
