@@ -301,6 +301,7 @@ class Corpus:
         self.shard_starts: NDArray[np.int64] = np.concatenate(
             [np.zeros(1, np.int64), np.cumsum(self.shard_rows)]
         )
+        self._real_root = os.path.realpath(root)
         self._cache = cache.ShardCache(root, manifest.fingerprint, cache_dir) if cache.is_url(root) else None
 
     @classmethod
@@ -366,7 +367,7 @@ class Corpus:
             return self._cache.path(info.file, info.bytes, info.sha256)
         path = os.path.join(self.root, info.file)
         real = os.path.realpath(path)
-        if os.path.commonpath([real, os.path.realpath(self.root)]) != os.path.realpath(self.root):
+        if os.path.commonpath([real, self._real_root]) != self._real_root:
             raise DataError(
                 f"{path} is a link out of the corpus folder (to {real}); expected a file in it: "
                 "copy the file there."

@@ -7,7 +7,10 @@ import hashlib
 import json
 import os
 import resource
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -556,6 +559,26 @@ def test_each_remote_shard_is_fetched_once(
     assert again._cache.fetched == []
     fsspec.filesystem("memory").rm("/bucket/corpus/shard-00000.arrow")
     assert again.shard(0).n_rows == 4
+
+
+def test_processes_of_one_machine_fetch_a_shard_once(bucket: str, tmp_path: Path) -> None:
+    manifest = make_corpus(bucket, [9] * 10).manifest
+    caches = [cache.ShardCache(bucket, manifest.fingerprint, str(tmp_path)) for _ in range(6)]
+    together = threading.Barrier(6)
+
+    def fetch(one: cache.ShardCache) -> None:
+        for info in manifest.shards:
+            together.wait()
+            one.path(info.file, info.bytes, info.sha256)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # as if they ran at the same time
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(fetch, caches))
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(f for one in caches for f in one.fetched) == [info.file for info in manifest.shards]
 
 
 def test_a_damaged_copy_is_fetched_again(
