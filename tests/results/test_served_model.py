@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from mlflow_server import MlflowServer
 from scipy import sparse
 
 from distclust.config import TrackingConfig
@@ -31,7 +33,8 @@ FRESH = """
 import importlib.util, json, os, sys
 from pathlib import Path
 
-repository, model_uri, tracking_uri, columns = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+repository, tracking_uri = Path(sys.argv[1]), sys.argv[2]
+model_uris, columns = map(json.loads, sys.argv[3:])
 # as on a machine that has neither the repository nor an installed distclust
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != repository]
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
@@ -41,42 +44,30 @@ sys.modules["ray"] = sys.modules["faiss"] = None
 import mlflow, pandas
 
 mlflow.set_tracking_uri(tracking_uri)
-model = mlflow.pyfunc.load_model(model_uri)
-found = model.predict(pandas.DataFrame(columns))
+answers = [mlflow.pyfunc.load_model(uri).predict(pandas.DataFrame(columns)) for uri in model_uris]
 import distclust
 
 print("ANSWER" + json.dumps({
-    "records": found.to_dict("list"),
-    "dtypes": {name: str(kind) for name, kind in found.dtypes.items()},
+    "records": [found.to_dict("list") for found in answers],
+    "dtypes": {name: str(kind) for name, kind in answers[0].dtypes.items()},
     "package": distclust.__file__,
-    "sklearn": "sklearn" in sys.modules,
 }, default=lambda array: array.tolist()))
 """
 
 
-def ask_afresh(model_uri: str, tracking_uri: str, columns: dict[str, Any], cwd: Path) -> dict[str, Any]:
-    """Load the model in a new process that knows nothing of this repository, and predict."""
+def ask_afresh(
+    model_uris: list[str], tracking_uri: str, columns: dict[str, Any], cwd: Path
+) -> dict[str, Any]:
+    """Load the models in a new process that knows nothing of this repository, and predict."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    arguments = [str(REPOSITORY), tracking_uri, json.dumps(model_uris), json.dumps(columns)]
     cwd.mkdir()
     child = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            FRESH,
-            str(REPOSITORY),
-            model_uri,
-            tracking_uri,
-            json.dumps(columns),
-        ],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=cwd,
+        [sys.executable, "-c", FRESH, *arguments], capture_output=True, text=True, env=environment, cwd=cwd
     )
     assert child.returncode == 0, child.stderr
-    answer: dict[str, Any] = json.loads(child.stdout.rpartition("ANSWER")[2])
-    return answer
+    return json.loads(child.stdout.rpartition("ANSWER")[2])
 
 
 def exported(folder: Path, kind: str, n_features: int = 4, method: str = "damic-text") -> Path:
@@ -118,19 +109,19 @@ def test_a_fresh_process_serves_texts_from_the_tracked_run(
 
     shutil.rmtree(served)  # nothing but the store is needed from here on
     shutil.rmtree(folder)
-    for place, cwd in ((uri, "first"), ("models:/news@champion", "second")):
-        answer = ask_afresh(place, tracker.uri, {"text": TEXTS}, tmp_path / cwd)
-        assert answer["records"]["cluster"] == expected.clusters.tolist()
-        np.testing.assert_allclose(answer["records"]["probabilities"], expected.probabilities, atol=1e-6)
-        best = [row[label] for row, label in zip(expected.probabilities, expected.clusters, strict=True)]
-        np.testing.assert_allclose(answer["records"]["probability"], best, atol=1e-6)
-        assert answer["dtypes"] == {"cluster": "int64", "probability": "float64", "probabilities": "object"}
-        assert "/code/distclust/" in answer["package"]
-        assert not answer["package"].startswith(str(REPOSITORY))
-        assert not list((tmp_path / cwd).iterdir())
+    answer = ask_afresh([uri, "models:/news@champion"], tracker.uri, {"text": TEXTS}, tmp_path / "fresh")
+    best = [row[label] for row, label in zip(expected.probabilities, expected.clusters, strict=True)]
+    for records in answer["records"]:
+        assert records["cluster"] == expected.clusters.tolist()
+        np.testing.assert_allclose(records["probabilities"], expected.probabilities, atol=1e-6)
+        np.testing.assert_allclose(records["probability"], best, atol=1e-6)
+    assert answer["dtypes"] == {"cluster": "int64", "probability": "float64", "probabilities": "object"}
+    assert "/code/distclust/" in answer["package"]
+    assert not answer["package"].startswith(str(REPOSITORY))
+    assert not list((tmp_path / "fresh").iterdir())
 
     assert tracker._client is not None
-    run = tracker._client.get_run(tracker.run_id)
+    run = tracker._client.get_run(str(tracker.run_id))
     assert run.outputs is not None
     assert [f"models:/{output.model_id}" for output in run.outputs.model_outputs] == [uri]
     assert tracker._client.get_logged_model(uri.rpartition("/")[2]).status == "READY"
@@ -216,3 +207,32 @@ def test_bad_requests_are_answered(kind: str, columns: dict[str, Any], message: 
     model = mlflow.pyfunc.load_model(str(save_served_model(exported(tmp_path, kind), tmp_path / "served")))
     with pytest.raises(Exception, match=message):
         model.predict(pd.DataFrame(columns))
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[MlflowServer]:
+    running = MlflowServer(tmp_path)
+    running.start()
+    yield running
+    running.kill()
+
+
+@pytest.mark.slow
+def test_a_real_server_keeps_the_model(tmp_path: Path, mlflow_server: MlflowServer) -> None:
+    """Artifacts go through the server; the registry is the server's."""
+    folder = exported(tmp_path, "text")
+    served = save_served_model(folder, tmp_path / "served")
+    tracker = Tracker.open(TrackingConfig(uri=mlflow_server.uri), tmp_path / "runs" / "demo", name="demo")
+    uri = tracker.log_model(served, register_as="news", alias="champion")
+    assert uri is not None
+    assert tracker.log_model(served, register_as="news", alias="champion") == uri
+    (tmp_path / "report.html").write_text("<p>")
+    tracker.log_artifacts(tmp_path / "report.html")
+    assert tracker.finish("FINISHED") is None
+    expected = Predictor.load(folder).predict_texts(TEXTS)
+    answer = ask_afresh([uri, "models:/news@champion"], tracker.uri, {"text": TEXTS}, tmp_path / "fresh")
+    for records in answer["records"]:
+        assert records["cluster"] == expected.clusters.tolist()
+    assert tracker._client is not None
+    assert len(tracker._client.search_model_versions("name = 'news'")) == 1
+    assert [file.path for file in tracker._client.list_artifacts(str(tracker.run_id))] == ["report.html"]

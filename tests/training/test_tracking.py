@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from mlflow_server import MlflowServer, free_port, wait_until
 
 from distclust.config import TrackingConfig
 from distclust.errors import TrackingError
@@ -167,12 +168,6 @@ def test_a_run_that_is_gone_is_refused_with_the_remedy(run_dir: Path) -> None:
 
 
 # ---- a server that is not there ---------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -327,13 +322,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> MoodyServer:
 
 def once(n_steps: int, *keys: str) -> Counter[tuple[str, int]]:
     return Counter((key, step) for key in keys for step in range(n_steps))
-
-
-def wait_until(condition: object, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_a_lost_answer_makes_no_duplicate(server: MoodyServer, tmp_path: Path) -> None:
@@ -567,46 +555,6 @@ def test_a_kill_between_sending_and_acknowledgement_logs_no_step_twice(run_dir: 
 
 
 # ---- a real server ----------------------------------------------------------------------------------------
-
-
-class MlflowServer:
-    """`mlflow server` on a free port, which can be killed and started again."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.database = folder / "server.db"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.database}", "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                cwd=self.folder,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        wait_until(self.answers, 90)
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                return True
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-            assert not self.answers()
 
 
 @pytest.fixture
