@@ -301,9 +301,7 @@ def _trainer(cluster: ClusterConfig, job: Job, start_s: float) -> Any:
     )
 
 
-def _run_on_ray(
-    cluster: ClusterConfig, job: Job, state: RunState, on_progress: Tell | None
-) -> Outcome:
+def _run_on_ray(cluster: ClusterConfig, job: Job, state: RunState, on_progress: Tell | None) -> Outcome:
     least, most = cluster.worker_range
     start_s = min(ELASTIC_START_S, cluster.start_timeout_s) if most > least else cluster.start_timeout_s
     token = token_of(job)
@@ -348,7 +346,7 @@ def _fit(trainer: Any, state: RunState, on_progress: Tell | None, silence_s: flo
             progress = state.progress()
             if progress and progress != seen:
                 seen, heard = progress, time.monotonic()
-                if on_progress is not None:
+                if on_progress is not None and progress["state"] != "starting":
                     on_progress(progress)
             logged = pass_warnings_on(state.log_file, logged)
             if not thread.is_alive():

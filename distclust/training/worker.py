@@ -94,7 +94,7 @@ def work_here(job: Job, state: RunState, on_progress: Tell | None) -> Outcome:
 
     def tell(content: dict[str, Any]) -> None:
         state.write_progress(content)
-        if on_progress is not None:
+        if on_progress is not None and content["state"] != "starting":
             on_progress(content)
 
     try:
