@@ -35,12 +35,17 @@ app = typer.Typer(
     ),
 )
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A packaged recipe's name, or the path of a YAML file.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A packaged recipe's name (demo, smoke, damic-text, damic, "
+        "dmae-text, ...), or the path of a YAML file.",
+    ),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Changes to the recipe, such as clusters=20 source.name=20news phases.joint.epochs=5 "
         "cluster.workers=4. A key that does not exist is refused, and the nearest one named.",
     ),
@@ -152,7 +157,7 @@ def assign(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FILE]...", help="New documents: Parquet, JSONL, CSV, Arrow or npz; patterns allowed."
+            metavar="FILE", help="New documents: Parquet, JSONL, CSV, Arrow or npz; patterns allowed."
         ),
     ] = None,
     to: Annotated[
@@ -250,7 +255,11 @@ def evaluate(
 
 @app.command()
 def methods(debug: DebugOption = False) -> None:
-    """Print the table of methods: what each puts in its slots, and its paper."""
+    """Print the table of methods: what each puts in its slots, and its paper.
+
+    A method is a choice in each slot. A recipe names one (method=NAME) and may change its settings (model.*)
+    and its schedule (phases.PHASE.*).
+    """
     with reporting_errors(debug):
         from distclust.mixture.methods import METHODS
 
@@ -276,7 +285,6 @@ def methods(debug: DebugOption = False) -> None:
             out.print(Text(name, style="bold"), Text(f" {row.summary}"), sep=" ")
             out.print(table)
             out.print()
-        out.print("A recipe names a method and may change its settings (model.*) and phases (phases.NAME.*).")
 
 
 # ---- what commands share

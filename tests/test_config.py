@@ -38,7 +38,9 @@ def test_a_method_brings_its_own_settings():
 
 
 def test_a_recipe_changes_only_what_it_names():
-    run = resolve(LEAST | {"model": {"code_size": 7}, "phases": {"joint": {"epochs": 3, "optimizer": {"eps": 1e-7}}}})
+    run = resolve(
+        LEAST | {"model": {"code_size": 7}, "phases": {"joint": {"epochs": 3, "optimizer": {"eps": 1e-7}}}}
+    )
     row = METHODS["damic-text"]
     assert run.model == dataclasses.replace(row.settings, code_size=7)
     before, after = row.phases[-1], run.phases[-1]
@@ -57,7 +59,11 @@ def test_a_run_survives_its_json():
 @pytest.mark.parametrize(
     ("override", "place", "value"),
     [
-        ("phases.pretrain.optimizer.learning_rate=1e-3", lambda r: r.phases[0].optimizer.learning_rate, 0.001),
+        (
+            "phases.pretrain.optimizer.learning_rate=1e-3",
+            lambda r: r.phases[0].optimizer.learning_rate,
+            0.001,
+        ),
         ("phases.pretrain.optimizer.learning_rate=2E+1", lambda r: r.phases[0].optimizer.learning_rate, 20.0),
         ("model.tau=2", lambda r: r.model.tau, 2.0),
         ("model.tau_spread=null", lambda r: r.model.tau_spread, None),
@@ -157,7 +163,9 @@ def test_unknown_recipes_name_the_nearest():
         load_recipe("nowhere.yaml")
 
 
-@pytest.mark.parametrize(("text", "said"), [("a: [1", "not YAML"), ("- 1\n- 2\n", "holds list"), ("", "holds NoneType")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("a: [1", "not YAML"), ("- 1\n- 2\n", "holds list"), ("", "holds NoneType")]
+)
 def test_files_that_are_no_recipe(tmp_path, text, said):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):

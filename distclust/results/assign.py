@@ -398,7 +398,11 @@ def _predict_new(predictor: Predictor, batch: pa.RecordBatch) -> tuple[Predictio
     bounds, indices, values = passes.csr_of(batch)
     width = max(predictor.model.n_features, int(indices.max(initial=-1)) + 1)
     matrix = sparse.csr_matrix((values, indices, bounds), shape=(len(batch), width))
-    return predictor.predict_matrix(matrix), int((np.diff(bounds) == 0).sum())
+    lengths = np.diff(bounds)
+    if predictor.vocabulary is not None:  # it chose some of the columns
+        known = predictor.vocabulary.places(map(str, range(width)))[indices] >= 0
+        lengths = np.diff(np.concatenate([[0], np.cumsum(known)])[bounds])
+    return predictor.predict_matrix(matrix), int((lengths == 0).sum())
 
 
 def _all_zero(rows: NDArray[Any]) -> int:

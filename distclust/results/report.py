@@ -198,7 +198,7 @@ def cluster_table(summaries: Sequence[ClusterSummary], width: int = 80) -> Table
     room = max(width - 24, 30)
     if named:
         words = max(room * 11 // 20, 16)
-        table.add_column("words that set it apart", width=words, overflow="fold")
+        table.add_column("top terms", width=words, overflow="fold")
         room -= words + 2
     table.add_column("nearest document", width=max(room, 12), no_wrap=True, overflow="ellipsis")
     for s in sorted(summaries, key=lambda s: (-s.size, s.cluster)):

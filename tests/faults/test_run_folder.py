@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -41,9 +40,12 @@ def holder(tmp_path):
 def test_a_second_run_is_refused_and_the_holder_named(holder, tmp_path):
     run = tmp_path / "run"
     before = sorted(run.iterdir()), (run / "lock").read_text()
-    with pytest.raises(ConfigError, match=rf"held by process {holder.pid} on {os.uname().nodename}, since 20"):
-        with run_folder.hold(run):
-            pytest.fail("two holders")
+    with pytest.raises(
+        ConfigError,
+        match=rf"held by process {holder.pid} on {os.uname().nodename}, since "
+        "20",
+    ), run_folder.hold(run):
+        pytest.fail("two holders")
     assert (sorted(run.iterdir()), (run / "lock").read_text()) == before
 
 
@@ -161,14 +163,22 @@ def test_only_the_same_configuration_continues(tmp_path):
     assert run_folder.check_same_run(tmp_path, config)
     with pytest.raises(ConfigError) as caught:
         run_folder.check_same_run(
-            tmp_path, load_recipe("smoke", ["clusters=6", "vocabulary.max_features=200", "phases.joint.epochs=3"])
+            tmp_path,
+            load_recipe("smoke", ["clusters=6", "vocabulary.max_features=200", "phases.joint.epochs=3"]),
         )
     message = str(caught.value)
-    for part in ("clusters: 5 there, 6 asked", "vocabulary.max_features: 300 there, 200 asked", "epochs", "--run"):
+    for part in (
+        "clusters: 5 there, 6 asked",
+        "vocabulary.max_features: 300 there, 200 asked",
+        "epochs",
+        "--run",
+    ):
         assert part in message
 
 
-@pytest.mark.parametrize("change", ["cluster.workers=2", "checkpoint.every_steps=7", "tracking.experiment=other"])
+@pytest.mark.parametrize(
+    "change", ["cluster.workers=2", "checkpoint.every_steps=7", "tracking.experiment=other"]
+)
 def test_what_does_not_change_the_result_may_change(tmp_path, change):
     run_folder.remember_run(tmp_path, load_recipe("smoke"), {})
     assert run_folder.check_same_run(tmp_path, load_recipe("smoke", [change]))

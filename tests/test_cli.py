@@ -1,0 +1,276 @@
+"""The command line: what it prints, its exit codes, and that a mistake costs seconds and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from stories import records, snapshot, tiny_recipe, write_jsonl
+from typer.testing import CliRunner
+
+from distclust.cli import app
+from distclust.mixture.methods import METHODS
+
+COMMANDS = ("prepare", "train", "assign", "evaluate", "demo", "methods")
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "80"})
+
+
+def plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a recipe, its stories and a finished run."""
+    folder = tmp_path_factory.mktemp("work")
+    file = write_jsonl(folder / "stories.jsonl", records(60))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(file)))
+    result = call("train", folder / "tiny.yaml", "--run", folder / "run")
+    assert result.exit_code == 0, result.output
+    (folder / "train.txt").write_text(result.stdout)
+    return folder
+
+
+# ---- help
+
+
+def test_help_names_every_command_and_where_to_begin():
+    text = plain(call("--help").output)
+    assert "distclust demo" in text
+    for name in COMMANDS:
+        assert name in text
+    assert call().exit_code == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name):
+    result = call(name, "--help")
+    assert result.exit_code == 0
+    text = plain(result.output)
+    assert len(text) > 250
+    if name in ("prepare", "train", "assign", "evaluate"):
+        assert f"Example: distclust {name}" in text or f"Examples: distclust {name}" in text
+
+
+def test_examples_in_the_help_can_be_read():
+    """The recipes and keys that they name exist."""
+    from distclust.config import load_recipe
+
+    for name in ("prepare", "train"):
+        text = plain(call(name, "--help").output)
+        words = (
+            text.split(f"Example: distclust {name} ")[1].split(" Options:")[0].split(" Arguments:")[0].split()
+        )
+        overrides = [w for w in words[1:] if "=" in w]
+        load_recipe(words[0], overrides)
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "distclust", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert "Usage: distclust" in done.stdout
+
+
+def test_help_is_quick():
+    """It loads neither torch nor Ray."""
+    code = "import sys, distclust.cli; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'mlflow', "
+    "'sklearn')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_methods_prints_the_table():
+    text = plain(call("methods").output)
+    for name, row in METHODS.items():
+        assert name in text
+        assert plain(row.summary) in text
+        assert plain(row.paper) in text
+    for slot in ("energy", "gate", "aggregator", "readout", "reconstruction", "regulariser"):
+        assert slot in text
+
+
+# ---- the way
+
+
+def test_train_prints_clusters_scores_and_places(work):
+    text = (work / "train.txt").read_text()
+    assert max(map(len, text.splitlines()[:14])) <= 80
+    for part in ("Clusters", "top terms", "nearest document", "NMI geom.", "NMI arith.", "ARI", "ACC"):
+        assert part in text
+    for name in ("k-means", "LSA + k-means", "AE + k-means", "AE (l2) + k-means", "gate after warm start"):
+        assert name in text
+    assert "60 of 60 documents scored" in text
+    assert f"{work}/run/summary.json" in text
+
+
+def test_training_again_prints_the_same_tables_and_does_nothing(work):
+    before = snapshot(work / "run")
+    again = call("train", work / "tiny.yaml", "--run", work / "run")
+    assert again.exit_code == 0
+    assert again.stdout.splitlines()[:-1] == (work / "train.txt").read_text().splitlines()[:-1]
+    assert "nothing was done" in again.stdout
+    assert snapshot(work / "run") == before
+
+
+def test_progress_goes_to_the_standard_error(work, tmp_path):
+    result = call("train", work / "tiny.yaml", "--run", tmp_path / "run")
+    assert "pretrain" in result.stderr
+    assert "assigning documents" in result.stderr
+    assert "pretrain" not in result.stdout
+
+
+def test_prepare_and_a_run_on_it(work, tmp_path):
+    result = call("prepare", work / "tiny.yaml", "--out", tmp_path / "corpus")
+    assert result.exit_code == 0
+    assert "60 documents in 3 shards, 30 features" in plain(result.stdout)
+    again = call("prepare", work / "tiny.yaml", "--out", tmp_path / "corpus")
+    assert again.stdout == result.stdout
+    done = call(
+        "train",
+        work / "tiny.yaml",
+        "--run",
+        tmp_path / "run",
+        "--corpus",
+        tmp_path / "corpus",
+        "--no-baselines",
+    )
+    assert done.exit_code == 0
+    assert "k-means" not in done.stdout
+
+
+def test_overrides_reach_the_run(work, tmp_path):
+    done = call("train", work / "tiny.yaml", "seed=5", "phases.joint.epochs=1", "--run", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["seed"], config["phases"][-1]["epochs"]) == (5, 1)
+
+
+def test_assign_new_documents(work, tmp_path):
+    write_jsonl(
+        tmp_path / "new.jsonl", [{"number": 7, "body": "wheat corn harvest"}, {"number": 9, "body": None}]
+    )
+    out = tmp_path / "out"
+    source = ("--source", "text=body", "--source", "id=number")
+    result = call("assign", work / "run", tmp_path / "*.jsonl", *source, "--probabilities", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "2 documents" in result.stdout
+    assert "1 had nothing" in plain(result.stdout)
+    table = pq.read_table(out)
+    assert table["id"].to_pylist() == ["7", "9"]
+    assert table.column_names == ["id", "cluster", "probability", "probabilities"]
+
+
+def test_assign_a_corpus_gives_what_training_gave(work, tmp_path):
+    result = call(
+        "assign", work / "run" / "model", "--corpus", work / "run" / "corpus", "--out", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.output
+    assert pq.read_table(tmp_path / "out") == pq.read_table(work / "run" / "assignments")
+
+
+def test_evaluate_a_run(work):
+    summary = json.loads((work / "run" / "summary.json").read_text())
+    for arguments in (["run"], ["run/assignments"]):
+        found = json.loads(call("evaluate", work / arguments[0], "--json").stdout)
+        assert found["ari"] == summary["ari"]
+    text = call("evaluate", work / "run" / "assignments", "--corpus", work / "run" / "corpus").stdout
+    assert f"{summary['acc']:.3f}" in text
+    assert "60 of 60 documents scored" in text
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["train", "dmo"], 2, "did you mean 'demo'?"),
+        (["train", "nothing.yaml"], 2, "no recipe file nothing.yaml"),
+        (["train", "smoke", "clutsers=3"], 2, "did you mean 'clusters'?"),
+        (["train", "smoke", "method=dmic"], 2, "did you mean 'damic'?"),
+        (["train", "smoke", "clusters"], 2, "key=value"),
+        (["train", "smoke", "model.tau=["], 2, "not YAML"),
+        (["prepare", "smoke", "source.name=files", "source.files=[none.csv]"], 2, "none.csv was not found"),
+        (["assign", "nowhere", "a.csv"], 2, "nowhere holds no model"),
+        (["assign", "nowhere"], 2, "no documents are given"),
+        (["assign", "nowhere", "a.csv", "--corpus", "c"], 2, "both files and --corpus"),
+        (["assign", "nowhere", "a.csv", "--source", "txt=body"], 2, "did you mean 'text'?"),
+        (["evaluate", "nowhere"], 2, "expected --corpus"),
+        (["evaluate", "nowhere", "--corpus", "c"], 2, "there is no folder c"),
+        (["train"], 2, "Missing argument 'RECIPE'"),
+        (["trian"], 2, "No such command 'trian'"),
+    ],
+)
+def test_mistakes_are_explained_in_one_paragraph(tmp_path, monkeypatch, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    start = time.monotonic()
+    result = call(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert said in plain(result.stderr)
+    assert "Traceback" not in result.stderr
+    if result.stderr.startswith("error: "):
+        assert result.stderr.count("\n") == 1
+    assert time.monotonic() - start < 10
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_trace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call("train", "smoke", "clutsers=3", "--debug")
+    assert "clutsers" in str(result.exception)
+    assert result.exit_code == 1
+
+
+def test_a_run_that_is_held_names_its_holder(work, tmp_path):
+    from distclust.run_folder import hold
+
+    with hold(tmp_path / "run"):
+        result = call("train", work / "tiny.yaml", "--run", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "is held by process" in plain(result.stderr)
+
+
+def test_what_happens_in_training_is_code_1(work, tmp_path):
+    hot = "phases.pretrain.optimizer.learning_rate=1e38"
+    result = call("train", work / "tiny.yaml", hot, "--run", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "not finite" in plain(result.stderr)
+    assert result.stderr.count("error: ") == 1
+
+
+def test_resuming_with_another_vocabulary_lists_the_difference(work):
+    before = snapshot(work / "run")
+    result = call(
+        "train", work / "tiny.yaml", "vocabulary.max_features=20", "clusters=4", "--run", work / "run"
+    )
+    assert result.exit_code == 2
+    assert "clusters: 3 there, 4 asked; vocabulary.max_features: 30 there, 20 asked" in plain(result.stderr)
+    assert snapshot(work / "run") == before
+
+
+@pytest.mark.slow
+def test_the_demo_from_the_command_line(tmp_path):
+    """The whole way with two workers, on the clock of the promise: 6 minutes on 2 cores."""
+    start = time.monotonic()
+    arguments = [sys.executable, "-m", "distclust", "demo", "--run", str(tmp_path / "demo")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 360
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert (summary["n_documents"], summary["n_clusters"], summary["scored"]) == (7160, 9, 7160)
+    assert summary["nmi_geometric"] > 0.5
+    assert len(summary["baselines"]) == 5
+    assert summary["model_uri"]
+    for key in ("checkpoint", "assignments", "model"):
+        assert (tmp_path / "demo" / summary[key]).exists()
+    again = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert again.stdout.splitlines()[:-1] == done.stdout.splitlines()[:-1]
