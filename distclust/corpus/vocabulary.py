@@ -258,6 +258,9 @@ class Vocabulary:
                 "of the vocabulary; count with the same vocabulary."
             )
         counts = sparse.csr_matrix(counts)
+        if not counts.data.all():  # stored zeros are no counts, and 1 + ln(0) is no weight
+            counts = counts.copy()
+            counts.eliminate_zeros()
         if not counts.has_sorted_indices:
             counts = counts.sorted_indices()
         values = weigh_values(counts, self.idf, self.config) * self.config.scale

@@ -193,6 +193,27 @@ def test_a_failed_replacement_leaves_the_old_corpus(tmp_path: Path) -> None:
     assert (whole(tmp_path / "c"), (tmp_path / "c" / "manifest.json").read_bytes()) == before
 
 
+def test_a_replacement_broken_off_leaves_the_old_corpus(tmp_path: Path) -> None:
+    prepare_local(LITTLE, VocabularyConfig(), SHARDS, tmp_path / "c")
+    before = whole(tmp_path / "c")
+
+    def broken_off(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("write", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_local(
+            LITTLE,
+            VocabularyConfig(max_features=9),
+            SHARDS,
+            tmp_path / "c",
+            overwrite=True,
+            progress=broken_off,
+        )
+    assert whole(tmp_path / "c") == before
+    assert Corpus.open(tmp_path / "c", verify=True).n_features == 2000
+
+
 def test_a_half_written_folder_starts_clean(tmp_path: Path) -> None:
     prepare_local(LITTLE, VocabularyConfig(), SHARDS, tmp_path / "c")
     wanted = whole(tmp_path / "c")

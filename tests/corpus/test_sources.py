@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +77,7 @@ SPARSE = pa.table(
     {
         "id": pa.array(range(100, 100 + N)),
         "indices": pa.array([list(range(0, i % 6 * 2, 2)) for i in range(N)], pa.list_(pa.int64())),
-        "values": pa.array([[float(j + i) for j in range(i % 6)] for i in range(N)], pa.list_(pa.float64())),
+        "values": pa.array([[float(j * i) for j in range(i % 6)] for i in range(N)], pa.list_(pa.float64())),
         "topics": pa.array([["a", "b"][: i % 3] for i in range(N)], pa.list_(pa.string())),
     }
 )
@@ -303,6 +304,19 @@ def test_a_set_that_cannot_be_fetched(name: str, monkeypatch: pytest.MonkeyPatch
     assert "DISTCLUST_DATA is not set" in str(caught.value)
     assert not list((tmp_path / "cache").rglob("*.parquet"))
     assert not list((tmp_path / "cache").rglob("part-*"))
+
+
+def test_a_fetch_that_breaks_off_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    offline(monkeypatch, tmp_path)
+
+    def broken(path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError("connection reset")
+
+    monkeypatch.setitem(named.NAMED_SETS, "20news", replace(named.NAMED_SETS["20news"], fetch=broken))
+    with pytest.raises(DataError, match="could not be fetched .connection reset"):
+        open_source(SourceConfig(name="20news"))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("name", ["reuters", "arxiv", "rcv1-part"])

@@ -239,6 +239,10 @@ def test_rows_have_the_scale_and_empty_texts_are_zero(small: Vocabulary) -> None
     assert not np.isnan(dense).any()
     np.testing.assert_allclose(dense[4], [0, 0, 2.0])
     assert small.transform([]).shape == (0, 3)
+    column = pa.chunked_array([["apple", None], ["żółw"]]).cast(pa.large_string())
+    assert np.flatnonzero(small.transform(column).toarray().any(axis=1)).tolist() == [0, 2]
+    pairs = replace(small, config=replace(small.config, ngram_range=(1, 2)))
+    assert np.flatnonzero(pairs.transform(column).toarray().any(axis=1)).tolist() == [0, 2]
 
 
 def test_weigh_sorts_and_refuses_other_widths(small: Vocabulary) -> None:
@@ -246,6 +250,9 @@ def test_weigh_sorts_and_refuses_other_widths(small: Vocabulary) -> None:
     assert small.weigh(counts).has_sorted_indices
     np.testing.assert_allclose(small.weigh(counts).toarray(), small.weigh(counts.sorted_indices()).toarray())
     assert counts.indices.tolist() == [2, 0], "the given matrix was changed"
+    zeros = sparse.csr_matrix((np.array([0, 0, 2]), np.array([0, 0, 1]), np.array([0, 1, 3])), shape=(2, 3))
+    sublinear = replace(small, config=replace(small.config, sublinear_tf=True))
+    np.testing.assert_allclose(sublinear.weigh(zeros).toarray(), [[0, 0, 0], [0, 2, 0]])
     with pytest.raises(DataError, match="2 columns; expected 3"):
         small.weigh(sparse.csr_matrix((1, 2)))
 
