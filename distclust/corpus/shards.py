@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import mmap
 import os
 import tempfile
 import uuid
@@ -425,13 +426,24 @@ def _check_schema(found: pa.Schema, wanted: pa.Schema, path: str) -> None:
 
 
 def _map_batch(path: str) -> pa.RecordBatch:
+    """The one record batch of a file, mapped.
+
+    Its rows are read in random order, so the map is filled at once: a file that is not in memory is then read
+    from end to end, and not page by page.
+    """
     try:
-        mapping = pa.memory_map(path, "r")
-        if hasattr(os, "posix_fadvise"):  # rows are read in random order: ask for the whole file ahead
-            os.posix_fadvise(mapping.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        reader = pa.ipc.open_file(mapping)
-        if reader.num_record_batches != 1:
-            raise DataError(f"the shard {path} has {reader.num_record_batches} record batches; expected 1.")
-        return reader.get_batch(0)
-    except (pa.ArrowInvalid, OSError) as error:
+        with open(path, "rb") as file:
+            if hasattr(mmap, "MAP_POPULATE"):
+                flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+                mapping = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
+            else:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        reader = pa.ipc.open_file(pa.py_buffer(mapping))
+        batches = [reader.get_batch(i) for i in range(min(2, reader.num_record_batches))]
+    except (ValueError, OSError) as error:
         raise DataError(f"the shard {path} cannot be read ({error}): {_DAMAGED}") from error
+    if len(batches) != 1:
+        raise DataError(
+            f"the shard {path} has {reader.num_record_batches} record batches; expected 1: prepare it again."
+        )
+    return batches[0]
