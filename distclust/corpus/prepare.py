@@ -376,14 +376,14 @@ def _on_ray(task: _Task, count: int) -> Iterator[dict[str, Any]]:
     import ray
 
     start_ray()
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(
-        logging.ERROR
-    )  # it reports what is switched off
     items = ray.data.from_items([{"item": item} for item in range(count)], override_num_blocks=count)
     items.context.enable_progress_bars = False
     # results travel as JSON: Arrow would guess a type for each field from the rows it happens to see first
-    for row in items.map(functools.partial(_as_row, task), num_cpus=1).iter_rows():
+    rows = items.map(functools.partial(_as_row, task), num_cpus=1)
+    # after the data set is made, which sets Ray's own levels the first time
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it reports what is off
+    for row in rows.iter_rows():
         yield json.loads(row["result"])
 
 
