@@ -43,7 +43,9 @@ def tiny_config(method: str, **changes: Any) -> RunConfig:
     return resolve(data | changes)
 
 
-def job(config: RunConfig, corpus: str | Path, run: str | Path, world: int = 1, **more: Any) -> dict[str, Any]:
+def job(
+    config: RunConfig, corpus: str | Path, run: str | Path, world: int = 1, **more: Any
+) -> dict[str, Any]:
     """A job for workers.py."""
     run = Path(run)
     return {
@@ -56,12 +58,16 @@ def job(config: RunConfig, corpus: str | Path, run: str | Path, world: int = 1, 
     }
 
 
-def run_jobs(jobs: list[dict[str, Any]], folder: Path, name: str = "jobs", expect_success: bool = True) -> None:
+def run_jobs(
+    jobs: list[dict[str, Any]], folder: Path, name: str = "jobs", expect_success: bool = True
+) -> None:
     """Run the jobs in one process tree; by default every worker must end well."""
     path = folder / f"{name}.json"
     path.write_text(json.dumps(jobs))
     script = Path(__file__).parent / "workers.py"
-    done = subprocess.run([sys.executable, str(script), str(path)], capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, str(script), str(path)], capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     if expect_success:
         for one in jobs:

@@ -51,7 +51,11 @@ def test_floors_import_downwards_only() -> None:
                     wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
                 continue
             same_room = len(own) > 1 and module.split(".")[1:2] == [own[1]]
-            if not same_room and floor_of(module) >= floor_of(".".join(own)) and floor_of(".".join(own)) < TOP:
+            if (
+                not same_room
+                and floor_of(module) >= floor_of(".".join(own))
+                and floor_of(".".join(own)) < TOP
+            ):
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
 

@@ -11,14 +11,17 @@ torch and forks the workers of every job, so that a job costs what its steps cos
     stop     stop after this global step (a clean exception)  kill    [rank, global step]: that rank dies by
     SIGKILL there
     grads    write the gradients of the first step to this file and stop
+    copy     [from, to]: a folder (the last that matches) copied beside the job file, before the job runs
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -119,6 +122,12 @@ def run_jobs(path: str) -> None:
     for number, job in enumerate(json.loads(Path(path).read_text())):
         job["rendezvous"] = f"{path}.rendezvous-{number}"
         Path(job["run"]).mkdir(parents=True, exist_ok=True)
+        if copy := job.get("copy"):
+            found = sorted(glob.glob(copy[0]))[-1]
+            target = Path(path).parent / copy[1]
+            shutil.copytree(
+                found, target / Path(found).name if copy[1].endswith("/") else target, dirs_exist_ok=True
+            )
         workers = [context.Process(target=run_job, args=(job, rank)) for rank in range(job["world"])]
         for worker in workers:
             worker.start()

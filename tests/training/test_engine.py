@@ -1,4 +1,5 @@
-"""The loop on one worker: non-finite values, refusals, and the slots of methods that are not in the table yet."""
+"""The loop on one worker: non-finite values, refusals, and the slots of methods that are not in the table
+yet."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from distclust.training.engine import NoHooks, Position, Trainer
 from distclust.training.world import World
 
 
-@pytest.fixture()
+@pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     return make_corpus(tmp_path / "corpus", shard_rows=runs.SHARD_ROWS, n_features=30)
 
@@ -139,27 +140,39 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(corpus: Corpu
     lines = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         hooks = Losses()
-        trainer(dataclasses.replace(runs.tiny_config("damic"), seed=seed), corpus, tmp_path / name, hooks).run()
+        trainer(
+            dataclasses.replace(runs.tiny_config("damic"), seed=seed), corpus, tmp_path / name, hooks
+        ).run()
         lines.append([(step, phase, m["loss"]) for step, phase, m in hooks.lines])
     assert lines[0] == lines[1]
     assert lines[0] != lines[2]
     metrics = hooks.lines[-1][2]
-    for key in ("loss", "term/lse", "kl_w_p", "usage/largest", "usage/used", "docs_per_second", "waiting_share"):
+    for key in (
+        "loss",
+        "term/lse",
+        "kl_w_p",
+        "usage/largest",
+        "usage/used",
+        "docs_per_second",
+        "waiting_share",
+    ):
         assert key in metrics
 
 
 @pytest.mark.parametrize("method", sorted(methods.METHODS))
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_losses_fall_in_every_phase_on_sparse_and_dense_rows(
-    tmp_path: Path, method: str, kind: str
-) -> None:
+def test_losses_fall_in_every_phase_on_sparse_and_dense_rows(tmp_path: Path, method: str, kind: str) -> None:
     corpus = make_corpus(tmp_path / "corpus", shard_rows=[40, 40], n_features=30, kind=kind)
     row = method_row(method)
     phases = {
-        p.name: {"epochs": 8, "optimizer": {"learning_rate": 3e-3, "name": "adam"}} for p in row.phases if p.epochs
+        p.name: {"epochs": 8, "optimizer": {"learning_rate": 3e-3, "name": "adam"}}
+        for p in row.phases
+        if p.epochs
     }
     # without noise the clean teacher's term is the likelihood itself, which has to fall
-    model: dict[str, Any] = {"alpha": 5.0} if row.gate == "tied" else {"gate_dropout": 0.0, "tau_spread": None}
+    model: dict[str, Any] = (
+        {"alpha": 5.0} if row.gate == "tied" else {"gate_dropout": 0.0, "tau_spread": None}
+    )
     hooks = Losses()
     trainer(runs.tiny_config(method, phases=phases, model=model), corpus, tmp_path, hooks).run()
     for phase in phases:
@@ -182,7 +195,12 @@ def test_sparse_and_dense_rows_train_alike(tmp_path: Path) -> None:
         for r in range(rows.shape[0]):
             a, b = shard.offsets[r], shard.offsets[r + 1]
             rows[r, torch.tensor(shard.indices[a:b]).long()] = torch.tensor(shard.values[a:b])
-        columns = {"id": shard.ids(), "labels": shard.labels(), "title": shard.titles(), "values": list(rows.numpy())}
+        columns = {
+            "id": shard.ids(),
+            "labels": shard.labels(),
+            "title": shard.titles(),
+            "values": list(rows.numpy()),
+        }
         writer.write(pa.table({**columns, "values": pa.array(columns["values"], pa.list_(pa.float32(), 30))}))
     writer.finish({})
     losses = []
