@@ -315,7 +315,11 @@ def test_no_more_than_prefetch_batches_are_made_ahead(
     monkeypatch.setattr(s, "_epoch_chunks", counted)
     batches = s.epoch(0)
     next(batches)
-    time.sleep(0.3)
+    for _ in range(200):
+        time.sleep(0.05)
+        if len(asked) >= 4:
+            break
+    time.sleep(0.1)
     # one taken, two in the queue, one in the thread's hand
     assert asked == [0, 1, 2, 3]
     batches.close()
