@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -97,13 +98,13 @@ def test_a_job_trains_and_its_exit_code_is_the_training_s(cluster: dict[str, str
 
 def test_a_bad_recipe_is_a_failed_job(cluster: dict[str, str], tmp_path: Path) -> None:
     train = f"{sys.executable} -m jobs.train damic-text seeed=3 --run {tmp_path}/bad"
-    bad = submit(cluster, "sh", "-c", f"ls -a; echo -- end; exec {train}")
+    bad = submit(cluster, "sh", "-c", f"ls -a | sed 's/^/sent: /'; exec {train}")
     assert bad.returncode != 0
     said = bad.stdout + bad.stderr
     assert "did you mean 'seed'" in said, said
     assert not (tmp_path / "bad").exists()
     # what travelled to the cluster
-    there = set(said.split("-- end")[0].split())
+    there = set(re.findall(r"^sent: (\S+)$", said, re.MULTILINE))
     assert {"distclust", "jobs"} <= there
     assert not there & {".git", ".venv", "runs", "tests", "docs", "mlflow.db"}
 

@@ -141,7 +141,7 @@ def test_warnings_of_workers_are_passed_on_once(tmp_path: Path, caplog: pytest.L
         logging.getLogger("distclust.some.module").info("not said: rank 1's information")
         logging.getLogger("distclust.some.module").warning("falls back")
         with file.open("a") as out:
-            out.write("2026-01-01 worker 0 INFO distclust.x: resuming\nhalf a li")
+            out.write("2026-01-01 worker 0 INFO distclust.x: resuming\n2026-01-01 worker 0 WARNING half a li")
     finally:
         for handler in set(ours.handlers) - set(handlers):
             ours.removeHandler(handler)
