@@ -29,6 +29,8 @@ _SEEDING_ROWS = 20_000
 # iterations between looks at the objective, and the relative gain in them below which a restart ends
 _ROUND = 10
 _SETTLED = 1e-5
+# Lloyd again after clusters were still empty at its end and got new centroids
+_TRIES = 3
 _BLOCK_BYTES = 32 * 2**20
 # multiplications of an iteration (rows x dimensions x clusters) from which several threads gain
 _PARALLEL_FROM = 100_000_000
@@ -88,14 +90,19 @@ def fit_kmeans(
     best: tuple[float, npt.NDArray[np.float32], int] | None = None
     with threads_for(rows.size * n_clusters):
         for state in np.random.SeedSequence(seed).generate_state(restarts):
-            start = _start(centred, n_clusters, int(state))
-            if faiss is None:
-                centroids, splits = _lloyd_sklearn(centred, start, iterations), 0
-            else:
-                centroids, splits = _lloyd_faiss(faiss, centred, start, iterations, gpus > 0)
-            centroids, objective, moved = _repair(rows, (centroids + mean).astype(np.float32))
+            centroids, repaired = _start(centred, n_clusters, int(state)), 0
+            for _ in range(_TRIES):
+                if faiss is None:
+                    centroids, splits = _lloyd_sklearn(centred, centroids, iterations), 0
+                else:
+                    centroids, splits = _lloyd_faiss(faiss, centred, centroids, iterations, gpus > 0)
+                found, objective, moved = _repair(rows, (centroids + mean).astype(np.float32))
+                repaired += splits + moved
+                if not moved:
+                    break
+                centroids = (found - mean).astype(np.float32)
             if best is None or objective < best[0]:
-                best = objective, centroids, splits + moved
+                best = objective, found, repaired
     assert best is not None
     logger.info(
         "k-means (%s): %d rows x %d, %d clusters, best of %d restarts: objective %.6g, %d repairs",

@@ -598,6 +598,14 @@ def test_remote_storage_that_fills_up_at_any_file() -> None:
                 save_number(store, 2, name)
             assert {path: data.getvalue() for path, data in SmallMemory.store.items()} == before
             assert value(store, store.latest()) == 1
+    # in a folder that a killed write left, too, no half of COMMIT stays
+    SmallMemory.room = 10**9
+    with fsspec.open("smallmemory://bucket/run/step-000000003/model.safetensors", "wb") as out:
+        out.write(b"half")
+    SmallMemory.room = sum(sizes) - 5
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_number(store, 3)
+    assert not any(path.endswith("step-000000003/COMMIT") for path in SmallMemory.store)
     SmallMemory.room = 10**9
     assert value(store, save_number(store, 2)) == 2
 

@@ -65,8 +65,8 @@ def test_the_seed_decides() -> None:
 
 
 def test_more_restarts_are_never_worse() -> None:
-    codes = blobs(3_000, 10, 20, spread=1.5, seed=4)
-    objectives = [fit_kmeans(codes, 20, seed=5, restarts=restarts).objective for restarts in (1, 3, 10)]
+    codes = blobs(1_000, 10, 20, spread=1.5, seed=4)
+    objectives = [fit_kmeans(codes, 20, seed=5, restarts=restarts).objective for restarts in range(1, 7)]
     assert objectives == sorted(objectives, reverse=True)
     assert objectives[-1] < objectives[0]
 
@@ -74,7 +74,7 @@ def test_more_restarts_are_never_worse() -> None:
 def test_a_common_offset_costs_no_digits() -> None:
     codes = blobs(3_000, 10, 9, spread=2.0, seed=6)
     plain = fit_kmeans(codes, 9, seed=0, restarts=3)
-    moved = fit_kmeans(codes + np.float32(5_000), 9, seed=0, restarts=3)
+    moved = fit_kmeans(codes + np.float32(100_000), 9, seed=0, restarts=3)
     assert moved.objective == pytest.approx(plain.objective, rel=1e-3)
 
 
@@ -104,14 +104,36 @@ def test_empty_clusters_are_given_rows(seed: int) -> None:
     assert objective <= before
 
 
-def test_repairs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = blobs(500, 2, 4, spread=5.0, seed=8)
-    # a bad start: three of the four centroids out of reach of every row, which FAISS mends as it iterates
-    start = np.array([[0, 0], [1e4, 0], [0, 1e4], [1e4, 1e4]], dtype=np.float32)
-    monkeypatch.setattr(kmeans, "_start", lambda rows, n_clusters, state: start)
-    found = fit_kmeans(codes, 4, seed=0, restarts=1)
-    assert found.n_repaired >= 3
+def from_start(monkeypatch: pytest.MonkeyPatch, codes: np.ndarray, start: np.ndarray) -> kmeans.KMeansResult:
+    monkeypatch.setattr(
+        kmeans, "_start", lambda rows, n_clusters, state: (start - codes.mean(0)).astype(np.float32)
+    )
+    return fit_kmeans(codes, len(start), seed=0, restarts=1)
+
+
+def test_repairs_of_faiss_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = np.concatenate([blobs(200, 2, 1, 0.0, seed) + 30 * np.eye(2)[seed] for seed in (0, 1)])
+    # two centroids where the rows are, two out of reach: FAISS gives them half of the big clusters as it goes
+    start = np.array([[30.0, 0.0], [0.0, 30.0], [1e4, 0.0], [1e4, 1e4]])
+    monkeypatch.setattr(
+        kmeans, "_repair", lambda rows, found: (found, assign_to_centroids(rows, found)[1].sum(), 0)
+    )
+    found = from_start(monkeypatch, codes, start)
+    assert found.n_repaired >= 2
     assert np.bincount(assign_to_centroids(codes, found.centroids)[0], minlength=4).all()
+
+
+def test_repairs_after_faiss_are_counted_and_iterated_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = blobs(500, 2, 4, spread=5.0, seed=8)
+    # one centroid in the middle of all rows, three out of reach: the halves that FAISS makes stay where they are
+    start = codes.mean(0) + np.array([[0, 0], [1e4, 0], [0, 1e4], [1e4, 1e4]])
+    lloyd, splits = kmeans._lloyd_faiss, []
+    monkeypatch.setattr(kmeans, "_lloyd_faiss", lambda *given: splits.append(lloyd(*given)) or splits[-1])
+    found = from_start(monkeypatch, codes, start)
+    assert found.n_repaired > sum(count for _, count in splits)
+    assert np.bincount(assign_to_centroids(codes, found.centroids)[0], minlength=4).all()
+    monkeypatch.undo()
+    assert found.objective <= 1.05 * fit_kmeans(codes, 4, seed=0).objective
 
 
 def test_more_clusters_than_distinct_rows_is_refused_with_both_figures() -> None:
@@ -234,6 +256,17 @@ def test_ties_go_to_the_lowest_index_however_the_rows_are_divided(monkeypatch: p
         parts, part_distances = assign_to_centroids(codes, centroids)
         assert np.array_equal(parts, whole)
         assert np.array_equal(part_distances, distances)
+
+
+def test_far_from_the_origin_plain_differences_decide() -> None:
+    rng = np.random.default_rng(15)
+    # whole numbers: the plain differences are exact, ties are ties, and the expanded squares lose 1 in 1e17
+    centroids = 1e8 + rng.integers(0, 6, (30, 3)).astype(np.float64)
+    codes = 1e8 + rng.integers(0, 6, (500, 3)).astype(np.float64)
+    squared = ((codes[:, None] - centroids) ** 2).sum(axis=2)
+    labels, distances = assign_to_centroids(codes, centroids)
+    assert np.array_equal(labels, squared.argmin(axis=1))
+    assert np.array_equal(distances, squared.min(axis=1))
 
 
 def test_assignment_refuses_what_cannot_be_compared() -> None:
