@@ -159,9 +159,8 @@ class PointQueue:
                 self._drain()
             except Exception as error:  # whatever a client library can raise; the thread must outlive it
                 self._marks = None
-                self._batch = min(
-                    self._batch, max(MIN_BATCH, self._batch // 2)
-                )  # for requests too large, or servers too slow
+                # a request may have been too large, or the server too slow for it
+                self._batch = min(self._batch, max(MIN_BATCH, self._batch // 2))
                 self._failing_since = self._failing_since or time.monotonic()
                 self._complain("send", f"the tracking server does not take metrics, trying again: {error}")
                 self._spill(self._memory_points)

@@ -27,7 +27,7 @@ from distclust.config import TrackingConfig
 from distclust.errors import TrackingError
 from distclust.training import metric_sink
 from distclust.training.metric_sink import PointQueue, PointRefusedError, RunGoneError
-from distclust.training.reach import limits
+from distclust.training.reach import limits, reach
 from distclust.training.spool import MetricPoint, Spool, clean_key, flatten, redact, shorten
 from distclust.training.tracking import MetricSink, Tracker, code_version, replay
 
@@ -156,6 +156,13 @@ def test_the_environments_run_is_taken_up_and_the_folders_run_goes_first(
     assert "MLFLOW_RUN_ID" in caplog.text
 
 
+def test_artifacts_lie_beside_the_database_and_not_where_the_command_was_given(run_dir: Path) -> None:
+    tracker = Tracker.open(TrackingConfig(experiment="another"), run_dir, name="demo")
+    assert tracker._client is not None
+    run = tracker._client.get_run(str(tracker.run_id))
+    assert run.info.artifact_uri == f"{(run_dir.parent / 'mlartifacts').as_uri()}/{tracker.run_id}/artifacts"
+
+
 def test_a_run_that_is_gone_is_refused_with_the_remedy(run_dir: Path) -> None:
     tracker = Tracker.open(TrackingConfig(), run_dir, name="demo")
     assert tracker._client is not None
@@ -214,6 +221,21 @@ def test_a_server_that_is_away_is_an_error_within_seconds(broken_uri: str, tmp_p
     assert "tracking.on_unreachable=spool" in message
     assert "secret" not in message
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_server_that_is_being_restarted_is_waited_for() -> None:
+    port = free_port()
+    with ThreadingHTTPServer(("127.0.0.1", port), Answer, bind_and_activate=False) as server:
+        server.code = 404  # type: ignore[attr-defined]
+
+        def start() -> None:
+            server.server_bind()
+            server.server_activate()
+            server.serve_forever()
+
+        threading.Timer(0.3, start).start()
+        reach(f"http://127.0.0.1:{port}")
+        server.shutdown()
 
 
 def test_without_a_server_everything_is_spooled_and_replayed(
@@ -389,6 +411,25 @@ def test_nothing_is_lost_over_the_memory_bound(server: MoodyServer, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_memory_is_bounded_under_a_slow_server_too(server: MoodyServer, tmp_path: Path) -> None:
+    server.pause_s = 0.1
+    queue = PointQueue(server, tmp_path / SPOOL, memory_points=100, interval_s=0.01)
+    for step in range(5000):
+        queue.log(step, {"a": 1.0})
+    wait_until(lambda: Spool(tmp_path / SPOOL).has_metrics())
+    assert queue.close() is None
+    assert server.counts() == once(5000, "a")
+
+
+def test_a_fragment_does_not_swallow_the_next_record(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / SPOOL)
+    spool.append([{"type": "tags", "tags": {}}])
+    with open(spool.path, "ab") as file:
+        file.write(b'{"type": "metr')
+    spool.append_points([MetricPoint("a", 1.0, 1, 1)])
+    assert [record["type"] for record in spool.records()] == ["tags", "metric"]
+
+
 def test_a_killed_process_is_taken_up_from_file_checkpoint_and_recomputed_steps(
     server: MoodyServer, tmp_path: Path
 ) -> None:
@@ -443,6 +484,7 @@ def test_a_run_that_is_gone_sends_its_metrics_to_the_file(server: MoodyServer, t
     server.gone = True
     queue = PointQueue(server, tmp_path / SPOOL, interval_s=0.01)
     queue.log(0, {"a": 1.0})
+    wait_until(lambda: not queue.pending())  # it does not wait in memory for a server that will never take it
     assert queue.close() == tmp_path / SPOOL
     assert Spool(tmp_path / SPOOL).has_metrics()
 
