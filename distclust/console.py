@@ -88,7 +88,6 @@ def print_error(error: Exception) -> None:
 def _quieten_libraries() -> None:
     """Libraries that greet on the standard error speak up only when something is wrong."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     for name in ("ray.data", "ray.data._internal.progress", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

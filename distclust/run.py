@@ -186,7 +186,7 @@ def train_run(
         if check_same_run(folder, config) and is_finished(folder):
             log.info("%s is finished; nothing to do", folder)
             return read_json(folder / SUMMARY)
-        with _ray(config.cluster):
+        with _ray(config.cluster), _terminating():  # once more: Ray puts handlers of its own in place
             return _Job(config, folder, corpus_root, listener).run(baselines)
 
 
@@ -426,6 +426,9 @@ class _PhaseWatch:
         self.since = time.monotonic()
 
     def __call__(self, progress: dict[str, Any]) -> None:
+        if progress["state"] == "starting":
+            self.listener.advance(0, progress["total_steps"], "starting")
+            return
         self._turn_to(int(progress["phase_index"]))
         if progress["phase"]:
             loss, metrics = "", progress["metrics"]

@@ -7,6 +7,7 @@ on the batch, the part, or the number of workers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -55,9 +56,9 @@ class AssignConfig:
     """How the work is done; the labels do not depend on it."""
 
     workers: int = 0
-    """Actors of Ray Data; 0 works in this process, without Ray."""
+    """Tasks of Ray Data at a time; 0 works in this process, without Ray."""
     gpus_per_worker: float = 0
-    """GPUs that an actor takes; more than 0 predicts on the GPU."""
+    """GPUs that a task takes; more than 0 predicts on the GPU."""
     all_probabilities: bool = False
     """Write the probabilities of all K clusters too."""
 
@@ -195,7 +196,12 @@ def _in_a_loop(job: Job, parts: Sequence[int], config: AssignConfig) -> Iterator
 
 
 def _on_ray(job: Job, parts: Sequence[int], config: AssignConfig) -> Iterator[dict[str, Any]]:
-    """The results as they come, from a pool of Ray Data actors that each hold a predictor."""
+    """The results as they come, a Ray Data task a part. A part is the same whoever makes it, so Ray may
+    repeat one.
+
+    Tasks, not actors: a process that Ray keeps for them keeps its predictor too (see `_assigner`), and a
+    process or node that is lost takes nothing along.
+    """
     import ray
 
     if not parts:
@@ -204,15 +210,27 @@ def _on_ray(job: Job, parts: Sequence[int], config: AssignConfig) -> Iterator[di
     ray.data.DataContext.get_current().enable_progress_bars = False
     items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     results = items.map(
-        PartAssigner,  # type: ignore[arg-type]
-        fn_constructor_args=(job,),
-        compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(parts))),
+        _assign_in_task,
+        fn_args=(job,),
+        compute=ray.data.TaskPoolStrategy(size=min(config.workers, len(parts))),
         num_cpus=1,
         num_gpus=config.gpus_per_worker or None,
+        max_calls=0,  # by default a process with a GPU ends after one task
     )
-    # results travel as JSON: Arrow would guess a type for each field
     for row in results.iter_rows():
         yield json.loads(row["result"])
+
+
+def _assign_in_task(row: dict[str, Any], job: Job) -> dict[str, str]:
+    """{"part": number} -> {"result": JSON}: Arrow would guess a type for each field of a result."""
+    torch.set_num_threads(1)
+    return {"result": json.dumps(_assigner(job).guarded(int(row["part"])))}
+
+
+@functools.lru_cache(maxsize=1)
+def _assigner(job: Job) -> PartAssigner:
+    """This process' assigner for the job, with its predictor loaded."""
+    return PartAssigner(job)
 
 
 # ---- does it fit
@@ -262,17 +280,12 @@ def _check_source(predictor: Predictor, source: Source) -> None:
 
 
 class PartAssigner:
-    """Assigns parts, one after another; an actor of Ray Data has one, with its predictor."""
+    """Assigns parts, one after another; each process that works has one, with its predictor."""
 
     def __init__(self, job: Job):
         self.job = job
         self._predictor: Predictor | None = None
         self._corpus: Corpus | None = None
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        """In an actor: {"part": number} -> {"result": JSON}."""
-        torch.set_num_threads(1)
-        return {"result": json.dumps(self.guarded(int(row["part"])))}
 
     def guarded(self, part: int) -> dict[str, Any]:
         """`assign`; an error that a user can mend comes back as a result, without a trace."""

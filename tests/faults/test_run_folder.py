@@ -40,11 +40,14 @@ def holder(tmp_path):
 def test_a_second_run_is_refused_and_the_holder_named(holder, tmp_path):
     run = tmp_path / "run"
     before = sorted(run.iterdir()), (run / "lock").read_text()
-    with pytest.raises(
-        ConfigError,
-        match=rf"held by process {holder.pid} on {os.uname().nodename}, since "
-        "20",
-    ), run_folder.hold(run):
+    with (
+        pytest.raises(
+            ConfigError,
+            match=rf"held by process {holder.pid} on {os.uname().nodename}, since "
+            "20",
+        ),
+        run_folder.hold(run),
+    ):
         pytest.fail("two holders")
     assert (sorted(run.iterdir()), (run / "lock").read_text()) == before
 
@@ -139,6 +142,26 @@ def test_many_at_once_after_a_death_give_one_holder(tmp_path):
         process.stdin.flush()
     outs = [process.communicate()[0] for process in processes]
     assert sorted(outs) == ["", "", "", "held\n"]
+
+
+def test_a_lock_that_was_removed_while_we_took_it_is_no_lock(tmp_path, monkeypatch):
+    """Its holder ended, and a third process was faster with a new one."""
+    lock = tmp_path / "lock"
+    lock.write_text("{}")
+    flock, others = run_folder.fcntl.flock, []
+
+    def race(handle, operation):
+        if not others:
+            lock.unlink()
+            others.append(os.open(lock, os.O_RDWR | os.O_CREAT))
+            flock(others[0], operation)
+            os.write(others[0], b'{"host": "here", "pid": 77}')
+        flock(handle, operation)
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", race)
+    with pytest.raises(ConfigError, match="process 77 on here"), run_folder.hold(tmp_path):
+        pass
+    os.close(others[0])
 
 
 def test_a_failed_run_leaves_no_empty_folder(tmp_path):

@@ -435,3 +435,32 @@ def test_the_manifest_says_what_it_was_made_from(texts, tmp_path):
     assert manifest["data"] == Corpus.open(corpus).manifest.fingerprint
     assert len(manifest["model"]) == 64
     assert os.listdir(tmp_path) == ["out"]
+
+
+def workers_below(root: int) -> list[int]:
+    """The processes that do tasks of this very process' Ray."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
+    parents = {int(pid): int(parent) for pid, parent, _ in rows}
+
+    def below(pid: int) -> bool:
+        return pid == root or (pid in parents and below(parents[pid]))
+
+    return [int(pid) for pid, _, what in rows if what.startswith("ray::Map(") and below(int(pid))]
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_lost_worker_are_made_again(texts, tmp_path):
+    _, corpus, model = texts
+    killed = []
+
+    def kill(done: int, total: int) -> None:
+        if done == 2:
+            for pid in workers_below(os.getpid()):
+                os.kill(pid, 9)
+                killed.append(pid)
+
+    config = AssignConfig(workers=1)
+    done = assign_corpus(model, corpus, tmp_path / "out", config, progress=kill)
+    assert killed
+    assert table_of(done) == table_of(assign_corpus(model, corpus, tmp_path / "other"))

@@ -71,6 +71,14 @@ def test_weights_are_those_of_the_formula(corpus):
     assert list(describe_clusters(corpus, CLUSTERS, 4, terms=TERMS)[0].terms) == expected
 
 
+def test_the_first_of_equals_is_nearest(tmp_path):
+    writer = ShardWriter(tmp_path, "sparse", 3, rows_per_shard=1)
+    same = {"indices": pa.array([[0, 2]] * 3, pa.list_(pa.int32())), "values": [[1.0, 2.0]] * 3}
+    writer.write(pa.table({"id": ["a", "b", "c"], **same}))
+    writer.finish()
+    assert describe_clusters(Corpus.open(tmp_path), np.zeros(3, int), 1)[0].nearest_id == "a"
+
+
 def test_the_number_of_words_is_kept(corpus):
     assert describe_clusters(corpus, CLUSTERS, 4, terms=TERMS, n_terms=1)[0].terms == ("bank",)
 
