@@ -16,14 +16,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distclust.config import ClusterConfig, RunConfig, from_dict
-from distclust.errors import ClusterError, DistclustError
+from distclust.errors import ClusterError
 from distclust.training.engine import Hooks, Outcome, Position
 from distclust.training.run_state import (
     RunState,
@@ -39,8 +38,8 @@ from distclust.training.worker import (
     Tracking,
     check_storage,
     introduce,
-    leave_group,
     make_job,
+    settle,
     token_of,
     work,
     work_here,
@@ -128,8 +127,7 @@ def _train_worker(job: Job) -> dict[str, Any]:
     """What Ray Train runs on each worker.
 
     Returns:
-        `{"outcome": ...}` or, where starting again would be no use, `{"error": ...}`. Anything else is
-        raised, and Ray starts all workers again.
+        What `settle` makes of it. What it raises makes Ray start all workers again.
     """
     from ray.train.torch import get_device
 
@@ -140,23 +138,15 @@ def _train_worker(job: Job) -> dict[str, Any]:
     cluster = from_dict(job["config"]).cluster
     torch.set_num_threads(max(1, cluster.cpus_per_worker))
     world, node = World.current(get_device()), _node()
-    try:
+
+    def train() -> Outcome:
         check_storage(job, world, node)
         start = introduce(world, state, node)
         log_to_file(state.log_file, world.rank)
         with watching(state, start):
-            outcome = work(job, world, state.write_progress, lambda hooks: _ReportingHooks(hooks, world))
-        return {"outcome": asdict(outcome)}
-    except DistclustError as error:
-        state.write_error(error)
-        leave_group(world)
-        return {"error": state.error() or describe(error)}
-    except Exception:
-        log.exception("worker %d of %d failed", world.rank, world.size)
-        found = state.wait_for_error(1.0)  # another worker's error breaks the connection to it
-        if found is None:
-            raise
-        return {"error": found}
+            return work(job, world, state.write_progress, lambda hooks: _ReportingHooks(hooks, world))
+
+    return settle(train, world, state)
 
 
 def _node() -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from distclust.config import RunConfig, from_dict, to_dict
 from distclust.corpus.cache import is_url
 from distclust.corpus.order import Order
 from distclust.corpus.shards import Corpus, Manifest
-from distclust.errors import ClusterError, ConfigError, DataError
+from distclust.errors import ClusterError, ConfigError, DataError, DistclustError
 from distclust.training.checkpoint import CheckpointStore
 from distclust.training.engine import Hooks, NoHooks, Outcome, Trainer
-from distclust.training.run_state import FOLDER, RunHooks, RunState, Tell, beating
+from distclust.training.run_state import FOLDER, RunHooks, RunState, Tell, beating, describe
 from distclust.training.tracking import SPOOL_NAME, MetricSink
 from distclust.training.world import World
+
+log = logging.getLogger(__name__)
 
 Job = dict[str, Any]
 """What a worker has to know: config, corpus, fingerprint, run_dir, command, tracking. Plain data."""
@@ -155,10 +159,27 @@ def introduce(world: World, state: RunState, node: str) -> str:
     return world.on_first(write)
 
 
-def leave_group(world: World) -> None:
-    """Break the connections to workers that wait for this one: they fail at once, and find the error written.
+def settle(train: Callable[[], Outcome], world: World, state: RunState) -> dict[str, Any]:
+    """Train, and sort out the errors.
 
-    Over NCCL they would not; there the watch of `run_state.watching` ends them.
+    Returns:
+        `{"outcome": ...}` or, where starting again would be no use, `{"error": ...}`: the error of the worker
+        that met it, on all workers, also on those that only saw their connection to it break.
+
+    Raises:
+        Exception: anything else, such as a lost worker; with workers started again it may go well.
     """
-    if world.size > 1 and dist.get_backend() == "gloo":
-        dist.destroy_process_group()
+    try:
+        return {"outcome": asdict(train())}
+    except DistclustError as error:
+        state.write_error(error)
+        if world.size > 1 and dist.get_backend() == "gloo":
+            # those that wait for this worker fail at once; over NCCL `run_state.watching` ends them
+            dist.destroy_process_group()
+        return {"error": state.error() or describe(error)}
+    except Exception:
+        log.exception("worker %d of %d failed", world.rank, world.size)
+        found = state.wait_for_error(1.0)
+        if found is None:
+            raise
+        return {"error": found}

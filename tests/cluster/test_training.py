@@ -99,10 +99,9 @@ def labels(config: RunConfig, corpus: Path, run: Path) -> torch.Tensor:
         return model.predict(rows).argmax(1)
 
 
-def test_an_error_of_one_worker_ends_the_run_at_once_with_its_own_words(
+def test_a_damaged_shard_ends_the_run_at_once_with_the_worker_s_own_words(
     config: Config, corpus: Path, tmp_path: Path
 ) -> None:
-    """A damaged shard that only one worker reads; the other one waits for it in a collective."""
     import shutil
 
     damaged = tmp_path / "corpus"

@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 import runs
+import torch
+import torch.distributed as dist
 from corpora import make_corpus
 
 from distclust.config import ClusterConfig
 from distclust.errors import CheckpointError, ClusterError, ConfigError, DataError, DistclustError
-from distclust.training import run_state
+from distclust.training import cluster, run_state
 from distclust.training.cluster import connect, run_training
-from distclust.training.engine import Position
+from distclust.training.engine import Outcome, Position
 from distclust.training.metric_sink import PointQueue
 from distclust.training.run_state import (
     RunHooks,
@@ -32,7 +34,7 @@ from distclust.training.run_state import (
     revive,
     watching,
 )
-from distclust.training.worker import check_storage, make_job, token_of
+from distclust.training.worker import check_storage, make_job, settle, token_of
 from distclust.training.world import World
 
 
@@ -208,6 +210,135 @@ def test_progress_is_not_written_at_every_step(monkeypatch: pytest.MonkeyPatch) 
     assert said[-1]["global_step"] == 1000
 
 
+# ---- errors of one worker among several
+
+
+def settle_one(rank: int, folder: Path, happens: str, answers: Any) -> None:
+    """Rank 1 meets something while the others wait for it in a collective."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
+    world = World.current()
+
+    def train() -> Outcome:
+        world.sum({"together": torch.ones(1)})
+        if rank == 1 and happens == "damage":
+            raise DataError("shard-7 is damaged")
+        if rank == 1 and happens == "bug":
+            raise ZeroDivisionError
+        if happens == "echo":
+            world.on_first(lambda: (_ for _ in ()).throw(CheckpointError("disk full")))
+        world.sum({"together": torch.ones(1)})
+        return Outcome("last", {}, 7)
+
+    try:
+        found = settle(train, world, RunState(folder, "this"))
+        answers.put((rank, found.get("outcome", found.get("error"))))
+    except Exception as error:
+        answers.put((rank, type(error).__name__))
+        answers.close()
+        answers.join_thread()
+        os._exit(1)  # as Ray ends a worker
+    time.sleep(60)  # as Ray keeps it
+
+
+@pytest.mark.parametrize("happens", ["damage", "echo", "bug", "nothing"])
+def test_all_workers_hear_of_an_error_of_one(tmp_path: Path, happens: str) -> None:
+    state(tmp_path)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    workers = [context.Process(target=settle_one, args=(r, tmp_path, happens, answers)) for r in range(3)]
+    for worker in workers:
+        worker.start()
+    try:
+        found = dict(answers.get(timeout=15) for _ in workers)  # nobody waits for ever
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+    if happens == "damage":
+        expected = {"command": "this", "type": "DataError", "message": "shard-7 is damaged"}
+        assert found == dict.fromkeys(range(3), expected)
+    elif happens == "echo":
+        expected = {"command": "this", "type": "CheckpointError", "message": "disk full"}
+        assert found == dict.fromkeys(range(3), expected)
+    elif happens == "bug":  # may be a fault of the machine: worth another start
+        assert found[1] == "ZeroDivisionError"
+        assert RunState(tmp_path, "this").error() is None
+    else:
+        assert found == dict.fromkeys(
+            range(3), {"checkpoint": "last", "phase_checkpoints": {}, "global_steps": 7}
+        )
+
+
+# ---- the driver's watch
+
+
+class StandIn:
+    """What the driver needs of Ray's trainer: a `fit` that takes its time, then answers or fails."""
+
+    def __init__(self, seconds: float, answer: Any):
+        self.seconds, self.return_value = seconds, answer
+
+    def fit(self) -> StandIn:
+        time.sleep(self.seconds)
+        if isinstance(self.return_value, Exception):
+            raise self.return_value
+        return self
+
+
+def test_the_driver_does_not_wait_for_ever_for_workers_that_do_not_come(tmp_path: Path) -> None:
+    this = state(tmp_path)
+    before = time.monotonic()
+    with pytest.raises(ClusterError, match="no worker has worked for 1 s.*same command again"):
+        cluster._fit(StandIn(60, {}), this, None, silence_s=1)
+    assert time.monotonic() - before < 5
+    found = this.error()
+    assert found is not None
+    assert found["by"] == "driver"  # a worker that comes after all goes away again
+
+
+def test_the_driver_waits_while_somebody_works_and_passes_progress_on(tmp_path: Path) -> None:
+    this = state(tmp_path)
+    seen: list[int] = []
+    over = threading.Event()
+
+    def work() -> None:
+        this.write_progress({"state": "starting", "beat": 0})
+        while not over.wait(0.1):
+            this.write_progress({"state": "training", "beat": time.monotonic_ns()})
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    answer = {"outcome": {"checkpoint": "x"}}
+    assert cluster._fit(StandIn(3, answer), this, lambda p: seen.append(p["beat"]), silence_s=1) == answer
+    over.set()
+    worker.join()
+    assert len(seen) > 3
+    assert 0 not in seen
+
+
+def test_an_interrupted_driver_tells_its_workers(tmp_path: Path) -> None:
+    def interrupt(_: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    this = state(tmp_path)
+    this.write_progress({"state": "training"})
+    with pytest.raises(KeyboardInterrupt):
+        cluster._fit(StandIn(60, {}), this, interrupt, silence_s=60)
+    found = this.error()
+    assert found is not None
+    assert (found["type"], found["by"]) == ("KeyboardInterrupt", "driver")
+
+
+def test_ray_s_last_word_becomes_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
+    this = state(tmp_path)
+    this.write_workers("first", [])
+    this.write_progress({"state": "training", "global_step": 17})
+    with pytest.raises(
+        ClusterError, match=r"after 1 start,.* at global step 17; the last words: .*out of memory"
+    ):
+        cluster._fit(StandIn(0.1, RuntimeError("Training failed:\nout of memory")), this, None, silence_s=60)
+
+
 # ---- one worker in this process
 
 
@@ -230,8 +361,6 @@ def test_training_in_this_process_tells_its_progress_and_goes_on_when_given_agai
 
 
 def test_threads_are_those_of_the_configuration_and_are_given_back(corpus: Path, tmp_path: Path) -> None:
-    import torch
-
     seen: set[int] = set()
     before = torch.get_num_threads()
     torch.set_num_threads(2)
