@@ -125,7 +125,7 @@ def test_repairs_of_faiss_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_repairs_after_faiss_are_counted_and_iterated_on(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = blobs(500, 2, 4, spread=5.0, seed=8)
-    # one centroid in the middle of all rows, three out of reach: the halves that FAISS makes stay where they are
+    # one centroid in the middle, three out of reach: the halves that FAISS makes of it stay where they are
     start = codes.mean(0) + np.array([[0, 0], [1e4, 0], [0, 1e4], [1e4, 1e4]])
     lloyd, splits = kmeans._lloyd_faiss, []
     monkeypatch.setattr(kmeans, "_lloyd_faiss", lambda *given: splits.append(lloyd(*given)) or splits[-1])
