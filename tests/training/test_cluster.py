@@ -303,6 +303,7 @@ def test_the_driver_waits_while_somebody_works_and_passes_progress_on(tmp_path: 
 
     def work() -> None:
         this.write_progress({"state": "starting", "beat": 0})
+        time.sleep(0.7)
         while not over.wait(0.1):
             this.write_progress({"state": "training", "beat": time.monotonic_ns()})
 
