@@ -52,10 +52,12 @@ class Killer(threading.Thread):
     Args:
         run: the run folder.
         plan: (phase, rank) in the order of the phases.
+        after_epoch: which epoch of the phase must be over.
     """
 
-    def __init__(self, run: Path, plan: list[tuple[int, int]]):
+    def __init__(self, run: Path, plan: list[tuple[int, int]], after_epoch: int):
         super().__init__(daemon=True)
+        self.after_epoch = after_epoch
         self.folder = run / "training"
         self.plan = plan
         self.kills: list[dict[str, Any]] = []
@@ -68,7 +70,9 @@ class Killer(threading.Thread):
                 where, who = self._read("progress.json"), self._read("workers.json")
                 if who.get("starts") != number + 1 or where.get("state") != "training":
                     continue
-                if where["phase_index"] == phase and (where["epochs"] == 0 or where["epoch"] > 0):
+                if where["phase_index"] == phase and (
+                    where["epochs"] == 0 or where["epoch"] > self.after_epoch
+                ):
                     break
                 if where["phase_index"] > phase:
                     return  # too late: the test sees that a kill is missing

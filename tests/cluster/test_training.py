@@ -47,7 +47,8 @@ def test_one_ray_worker_and_no_ray_at_all_give_the_same(config: Config, corpus: 
             if "loss" in progress["metrics"]:
                 seen[progress["global_step"]] = progress["metrics"]["loss"]
 
-        outcome = run_training(config(workers), corpus, tmp_path / str(workers), on_progress=watch)
+        asked = config(workers, cluster={"memory_per_worker_gb": 0.1})
+        outcome = run_training(asked, corpus, tmp_path / str(workers), on_progress=watch)
         assert outcome.global_steps == 32
     assert same_weights(tmp_path / "0", tmp_path / "1")
     both = losses[0].keys() & losses[1].keys()
@@ -68,7 +69,7 @@ def test_a_worker_killed_in_each_phase_changes_nothing(
     run = tmp_path / "killed"
     run.mkdir()
     plan = [(phase, phase % 2) for phase in range(5)]
-    hits = killer(run, plan)
+    hits = killer(run, plan, after_epoch=15)  # 60 steps, so that a checkpoint of the phase is there
     outcome = run_training(asked, corpus, run)
     assert [kill["phase"] for kill in hits.kills] == [0, 1, 2, 3, 4], hits.kills
     assert state_of(run, "workers.json")["starts"] == 6
@@ -140,7 +141,7 @@ def test_lost_more_often_than_allowed_is_an_error_that_says_how_to_go_on(
     run = tmp_path / "run"
     run.mkdir()
     asked = config(1, epochs=200, cluster={"max_failures": 0})
-    hits = killer(run, [(0, 0)])
+    hits = killer(run, [(0, 0)], after_epoch=0)
     with pytest.raises(
         ClusterError, match=r"after 1 start, more than cluster.max_failures allows.*goes on from"
     ):
