@@ -1,7 +1,7 @@
 """Tables of results over seeds: `python -m jobs.paper_tables builtin --seeds 5 --out docs/results.md`.
 
-Every cell is a run of its own under `--runs`, one Ray task with one thread; a cell that is finished is not run again. Runs are
-tracked in MLflow under the experiment of the table's name.
+Every cell is a run of its own under `--runs`, one Ray task with one thread; a cell that is finished is not run
+again. Runs are tracked in MLflow under the experiment of the table's name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import datetime
 import os
 import platform
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ def run_cell(recipe: str, seed: int, runs: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     overrides = [f"seed={seed}", "cluster.workers=0", "tracking.experiment=table-builtin"]
-    # the baselines depend on the seed and the autoencoder alone
     return train_run(load_recipe(recipe, overrides), Path(runs) / f"{recipe}-{seed}")
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     ]
     text = "\n".join([*table(cells), "", *about])
     if options.out is None:
-        print(text)
+        sys.stdout.write(text + "\n")
         return
     path = Path(options.out)
     before, _, rest = path.read_text().partition("<!-- table builtin -->")

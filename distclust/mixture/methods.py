@@ -331,7 +331,8 @@ DMAE_TEXT = Method(
     aggregator="MIX",
     readout="gate",
     reconstruction="x from the mixed centroid",
-    settings=ModelSettings(input_dropout=0.2, unit_codes=True, alpha=20.0, log_det=1.0),
+    # alpha as the authors' replication of 2021; a softer gate lets MIX put codes between the centroids
+    settings=ModelSettings(input_dropout=0.2, unit_codes=True, alpha=100.0, log_det=1.0),
     phases=(
         _pretrain(10, _adam(1e-3)),
         _INITIALISE,
