@@ -1,7 +1,7 @@
 """Tables of results over seeds: `python -m jobs.paper_tables builtin --seeds 5 --out docs/results.md`.
 
-Every cell is a run of its own under `--runs`, one Ray task with one thread; a cell that is finished is not run
-again. Runs are tracked in MLflow under the experiment of the table's name.
+Every cell is a run of its own under `--runs`, one Ray task with one thread; a cell that is finished is not
+run again. Runs are tracked in MLflow under the experiment of the table's name.
 """
 
 from __future__ import annotations

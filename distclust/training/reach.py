@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import sqlite3
@@ -65,6 +66,19 @@ def _reach_once(uri: str, timeout_s: float) -> None:
                 raise
     elif kind in _PORTS and parts.hostname:
         socket.create_connection((parts.hostname, parts.port or _PORTS[kind]), timeout_s).close()
+
+
+@contextmanager
+def sole_maker(uri: str) -> Iterator[None]:
+    """For a SQLite file, one process at a time: MLflow makes the tables step by step, and two makers collide."""
+    file = sqlite_file(uri)
+    if file is None:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.with_name(file.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def sqlite_file(uri: str) -> Path | None:

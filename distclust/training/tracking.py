@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from distclust.errors import TrackingError
 from distclust.training.metric_sink import MAX_BATCH, PointQueue, PointRefusedError, RunGoneError
 from distclust.training.provenance import code_version, dataset_record
-from distclust.training.reach import limits, reach, sqlite_file
+from distclust.training.reach import limits, reach, sole_maker, sqlite_file
 from distclust.training.run_identity import begin, is_away, read_identity, unusable
 from distclust.training.spool import (
     MAX_TAG,
@@ -107,8 +107,9 @@ class Tracker:
         try:
             with limits(timeout_s=5, retries=0):
                 reach(uri)
-                client = _connect(uri)
-                run_id = begin(client, uri, tracking.experiment, run_dir, name)
+                with sole_maker(uri):
+                    client = _connect(uri)
+                    run_id = begin(client, uri, tracking.experiment, run_dir, name)
                 tracker = cls(uri, run_dir, client, run_id)
                 tracker._send_spool()
                 client.update_run(run_id, status="RUNNING")

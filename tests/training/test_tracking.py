@@ -765,3 +765,33 @@ def test_names_and_values_fit_mlflow() -> None:
     for key, value in flat.items():
         assert _validate_param(key, value).value == value
     assert shorten("abcdef", 5) == "ab..."
+
+
+@pytest.mark.slow
+def test_two_runs_that_begin_at_once_make_one_database(tmp_path: Path) -> None:
+    """Without a lock MLflow's migrations collide, and one of the two does not start."""
+    code = textwrap.dedent(
+        """
+        import sys, time
+        from pathlib import Path
+        import mlflow
+        from distclust.config import TrackingConfig
+        from distclust.training.tracking import Tracker
+        folder = Path(sys.argv[1])
+        (folder.parent / (folder.name + ".ready")).touch()
+        while len(list(folder.parent.glob("*.ready"))) < 2:
+            time.sleep(0.01)
+        Tracker.open(TrackingConfig(), folder, name=folder.name).finish("FINISHED")
+        """
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / name)], stderr=subprocess.PIPE, text=True
+        )
+        for name in ("a", "b")
+    ]
+    for process in both:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-2000:]
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as db:
+        assert db.execute("select count(*) from runs where status = 'FINISHED'").fetchone() == (2,)
