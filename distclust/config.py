@@ -163,7 +163,7 @@ class RunConfig:
         if most > self.order.lanes:
             raise ConfigError(
                 f"cluster.workers is {most} and order.lanes is {self.order.lanes}; "
-                f"a worker owns whole lanes: set order.lanes to at least {most}, a multiple of the workers at best"
+                f"a worker owns whole lanes: set order.lanes to {most} or a multiple of it"
             )
 
     @property

@@ -404,13 +404,12 @@ class _Job:
             shutil.rmtree(served, ignore_errors=True)
             save_served_model(self.model, served)
             tracking = self.config.tracking
-            self.done.content["model_uri"] = tracker.log_model(
-                served, register_as=tracking.register_as, alias=tracking.alias
-            )
-            if self.done.content["model_uri"] is not None:
-                shutil.rmtree(served, ignore_errors=True)
-        uri: str | None = self.done.content["model_uri"]
-        return uri
+            uri = tracker.log_model(served, register_as=tracking.register_as, alias=tracking.alias)
+            if uri is None:  # the server is away; the spool has the model, and another start tries again
+                return None
+            self.done.content["model_uri"] = uri
+            shutil.rmtree(served, ignore_errors=True)
+        return str(self.done.content["model_uri"])
 
 
 # ---- pieces

@@ -10,11 +10,11 @@ import time
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from stories import records, snapshot, tiny_recipe, write_jsonl
 from typer.testing import CliRunner
 
 from distclust.cli import app
 from distclust.mixture.methods import METHODS
+from stories import records, snapshot, tiny_recipe, write_jsonl
 
 COMMANDS = ("prepare", "train", "assign", "evaluate", "demo", "methods")
 

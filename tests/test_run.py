@@ -14,9 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from corpora import make_corpus
-from stories import records, snapshot, tiny_run, write_jsonl
 
+from corpora import make_corpus
 from distclust import run_folder
 from distclust.config import to_dict
 from distclust.corpus.shards import Corpus
@@ -25,6 +24,7 @@ from distclust.errors import ConfigError, DataError, NonFiniteError
 from distclust.results.assignment import Assignment
 from distclust.results.metrics import contingency, scores
 from distclust.run import Listener, assign_run, check_distinct, evaluate_run, prepare_run, train_run
+from stories import records, snapshot, tiny_run, write_jsonl
 
 SCORES = ("nmi_geometric", "nmi_arithmetic", "ari", "acc")
 

@@ -208,9 +208,10 @@ def _on_ray(job: Job, parts: Sequence[int], config: AssignConfig) -> Iterator[di
         return
     start_ray()
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     items = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     results = items.map(
-        _assign_in_task,
+        _assign_in_task,  # type: ignore[arg-type]
         fn_args=(job,),
         compute=ray.data.TaskPoolStrategy(size=min(config.workers, len(parts))),
         num_cpus=1,

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import runs
 from corpora import make_corpus
-
 from distclust.config import RunConfig
 from distclust.mixture.methods import METHODS
 

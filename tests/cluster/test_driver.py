@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 
+import runs
 from distclust.config import RunConfig, TrackingConfig, to_dict
 from distclust.training.tracking import Tracker
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import ray
-import runs
 import torch
 from ray.cluster_utils import Cluster
 
+import runs
 from distclust.config import RunConfig
 from distclust.errors import ClusterError
 from distclust.training.cluster import run_training

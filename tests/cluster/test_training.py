@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 
+import runs
 from distclust.config import ClusterConfig, RunConfig
 from distclust.corpus.shards import Corpus
 from distclust.errors import ClusterError, DataError

@@ -18,8 +18,8 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from corpora import dense_rows, make_corpus, make_table
 
+from corpora import dense_rows, make_corpus, make_table
 from distclust.corpus import cache
 from distclust.corpus.shards import (
     Corpus,

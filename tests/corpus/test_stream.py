@@ -12,9 +12,9 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from corpora import dense_rows, make_corpus
 from torch import Tensor
 
+from corpora import dense_rows, make_corpus
 from distclust.corpus import gather, stream
 from distclust.corpus.order import Order, OrderConfig, lanes_of_worker
 from distclust.corpus.shards import Corpus

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy import sparse
-from stories import records, snapshot, write_jsonl
 
 from distclust.corpus import readers
 from distclust.corpus.prepare import prepare_local
@@ -28,6 +28,7 @@ from distclust.mixture.model import MixtureModel
 from distclust.results.assign import AssignConfig, assign_corpus, assign_documents
 from distclust.results.assignment import MANIFEST, Assignment, partial_of
 from distclust.results.predict import export_model
+from stories import records, snapshot, write_jsonl
 
 K = 5
 ALL = AssignConfig(all_probabilities=True)
@@ -217,7 +218,7 @@ def test_a_killed_process_goes_on_too(texts, tmp_path):
     killed = subprocess.run([sys.executable, "-c", script, str(model), str(corpus), str(out)], timeout=120)
     assert killed.returncode == -9
     assert not out.exists()
-    (partial_of(out) / ".writing-node-1-part-00003.parquet").write_text("half")
+    (partial_of(out) / ".writing-node-1-_manifest.json").write_text("half")
     done = assign_corpus(model, corpus, out)
     assert {p.name for p in out.iterdir()} == {MANIFEST, *(f.name for f in done.files)}
 
@@ -370,15 +371,15 @@ def test_a_folder_that_cannot_be_written(texts, tmp_path):
         assign_corpus(model, corpus, tmp_path / "file" / "out")
 
 
-def test_a_disk_that_is_full(texts, tmp_path):
-    """No space for the second part: it is named, what was done stays, nothing half-written does."""
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_disk_that_is_full_or_a_death_while_writing(texts, tmp_path, killed):
+    """The second part does not fit; it is named, what was done stays, and nothing half-written looks like a part."""
     _, corpus, model = texts
     script = """
-import resource, sys
+import resource, signal, sys
 from distclust.results.assign import assign_corpus
-from distclust.results import assignment
-import signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL if sys.argv.pop() == "True" else signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 def shrink(done, total):
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
 try:
@@ -387,17 +388,17 @@ except Exception as error:
     print(type(error).__name__, error)
 """
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(model), str(corpus), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.startswith("DataError"), done
-    assert "File too large" in done.stdout
-    names = {p.name for p in partial_of(out).iterdir()}
+    arguments = [sys.executable, "-c", script, str(model), str(corpus), str(out), str(killed)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    if killed:
+        assert done.returncode == -signal.SIGXFSZ
+    else:
+        assert done.stdout.startswith("DataError")
+        assert "File too large" in done.stdout
+    names = {p.name for p in partial_of(out).iterdir() if not p.name.startswith(".writing-")}
     assert names == {"_plan.json", "part-00000.parquet"}
     assert assign_corpus(model, corpus, out).n_documents == 70
+    assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
 
 
 # ---- by Ray Data

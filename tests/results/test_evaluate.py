@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import make_corpus
 from sklearn import metrics as reference
 
+from corpora import make_corpus
 from distclust.errors import DataError
 from distclust.results.evaluate import class_numbers, evaluate, read_clusters, score_clusters
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from corpora import dense_rows, make_corpus
 
+from corpora import dense_rows, make_corpus
 from distclust.corpus.shards import Corpus, ShardWriter
 from distclust.errors import DataError
 from distclust.results.report import (

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from mlflow_server import MlflowServer
 from scipy import sparse
 
 from distclust.config import TrackingConfig
@@ -25,6 +24,7 @@ from distclust.mixture.model import MixtureModel
 from distclust.results.predict import Predictor, export_model
 from distclust.results.served_model import save_served_model
 from distclust.training.tracking import Tracker
+from mlflow_server import MlflowServer
 
 REPOSITORY = Path(__file__).parents[2]
 TEXTS = ["wheat and corn", "the bank cut its rate", "", None, "corn corn wheat", "rate of the bank"]

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 import torch.distributed as dist
-from corpora import make_corpus
 
+import runs
+from corpora import make_corpus
 from distclust.config import ClusterConfig
 from distclust.errors import CheckpointError, ClusterError, ConfigError, DataError, DistclustError
 from distclust.training import cluster, run_state

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
-from corpora import make_corpus
 
+import runs
+from corpora import make_corpus
 from distclust.config import RunConfig, method_row, to_dict
 from distclust.corpus.shards import Corpus
 from distclust.errors import CheckpointError, DataError, NonFiniteError

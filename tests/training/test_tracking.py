@@ -21,7 +21,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from mlflow_server import MlflowServer, free_port, wait_until
 
 from distclust.config import TrackingConfig
 from distclust.errors import TrackingError
@@ -30,6 +29,7 @@ from distclust.training.metric_sink import PointQueue, PointRefusedError, RunGon
 from distclust.training.reach import limits, reach
 from distclust.training.spool import MetricPoint, Spool, clean_key, flatten, redact, shorten
 from distclust.training.tracking import MetricSink, Tracker, code_version, replay
+from mlflow_server import MlflowServer, free_port, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 SPOOL = "metrics-unsent.jsonl"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
-from corpora import make_corpus
 from safetensors.torch import load_file
 
+import runs
+from corpora import make_corpus
 from distclust.mixture.methods import METHODS
 
 ROWS: dict[str, dict[str, Any]] = {
