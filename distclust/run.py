@@ -181,13 +181,15 @@ def train_run(
         DataError: documents that cannot be used, or fewer distinct ones than clusters.
         DistclustError: whatever ends the training; see `training.cluster.run_training`.
     """
-    folder = Path(run_dir)
+    folder, start = Path(run_dir), time.monotonic()
     with _terminating(), hold(folder):
         if check_same_run(folder, config) and is_finished(folder):
             log.info("%s is finished; nothing to do", folder)
             return read_json(folder / SUMMARY)
         with _ray(config.cluster), _terminating():  # once more: Ray puts handlers of its own in place
-            return _Job(config, folder, corpus_root, listener).run(baselines)
+            job = _Job(config, folder, corpus_root, listener)
+            job.done.add_seconds("start", time.monotonic() - start)
+            return job.run(baselines)
 
 
 def is_finished(run_dir: str | Path) -> bool:
@@ -449,7 +451,11 @@ class _PhaseWatch:
         now = time.monotonic()
         # until the first phase is heard of, workers are being started
         name = (
-            "start" if self.phase < 0 else self.names[self.phase] if self.phase < len(self.names) else "stop"
+            "start workers"
+            if self.phase < 0
+            else self.names[self.phase]
+            if self.phase < len(self.names)
+            else "stop"
         )
         self.done.add_seconds(name, now - self.since)
         for skipped in self.names[max(self.phase, 0) : max(phase, 0)]:

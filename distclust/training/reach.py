@@ -70,7 +70,7 @@ def _reach_once(uri: str, timeout_s: float) -> None:
 
 @contextmanager
 def sole_maker(uri: str) -> Iterator[None]:
-    """One process at a time on a SQLite file: MLflow makes its tables step by step, and two makers collide."""
+    """One process at a time on a SQLite file: MLflow makes its tables in steps, and two makers collide."""
     file = sqlite_file(uri)
     if file is None:
         yield

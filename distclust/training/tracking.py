@@ -141,7 +141,9 @@ class Tracker:
             experiment_id = read_identity(self.spool.parent).get("experiment_id")
             page = f"/#/experiments/{experiment_id}/runs/{self.run_id}" if self.run_id else ""
             return redact(self.uri).rstrip("/") + page
-        return f"mlflow ui --backend-store-uri {redact(self.uri)}"
+        program = Path(sys.executable).with_name("mlflow")  # it need not be on the PATH
+        shown = min(str(program), os.path.relpath(program), key=len) if program.exists() else "mlflow"
+        return f"{shown} ui --backend-store-uri {redact(self.uri)}"
 
     def log_params(self, config: Mapping[str, Any]) -> None:
         """The configuration, nested or flat; what a resumed run changes becomes a tag `resumed.NAME`."""

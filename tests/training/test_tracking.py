@@ -795,3 +795,10 @@ def test_two_runs_that_begin_at_once_make_one_database(tmp_path: Path) -> None:
         assert process.returncode == 0, said[-2000:]
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as db:
         assert db.execute("select count(*) from runs where status = 'FINISHED'").fetchone() == (2,)
+
+
+def test_the_command_that_opens_the_run_is_there(run_dir: Path) -> None:
+    with Tracker.open(TrackingConfig(), run_dir, name="here") as tracker:
+        program, *words = tracker.how_to_open.split()
+    assert Path(program).exists()
+    assert words == ["ui", "--backend-store-uri", tracker.uri]
