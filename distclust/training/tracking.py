@@ -108,6 +108,7 @@ class Tracker:
             with limits(timeout_s=5, retries=0):
                 reach(uri)
                 with sole_maker(uri):
+                    _make_store(uri)
                     client = _connect(uri)
                     run_id = begin(client, uri, tracking.experiment, run_dir, name)
                 tracker = cls(uri, run_dir, client, run_id)
@@ -303,6 +304,21 @@ def _connect(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def _make_store(uri: str) -> None:
+    """Make a new SQLite store beside its place, then rename it.
+
+    MLflow makes the tables in some fifty steps; a death in between leaves a file that nothing opens again.
+    """
+    file = sqlite_file(uri)
+    if file is None or (file.exists() and file.stat().st_size) or file.name not in uri:
+        return
+    new = file.with_name(f".new-{file.name}")
+    new.unlink(missing_ok=True)
+    before, _, after = uri.rpartition(file.name)
+    _connect(f"{before}{new.name}{after}").search_experiments(max_results=1)
+    new.replace(file)
 
 
 class _RunServer:
