@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -30,7 +31,15 @@ pytestmark = pytest.mark.slow
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head with one CPU and a cache of its own; tests add the second node."""
     cache = tmp_path_factory.mktemp("cache-head")
-    head = {"num_cpus": 1, "include_dashboard": True, "env_vars": {"DISTCLUST_CACHE": str(cache)}}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    head = {
+        "num_cpus": 1,
+        "include_dashboard": True,
+        "dashboard_port": port,
+        "env_vars": {"DISTCLUST_CACHE": str(cache)},
+    }
     started = Cluster(initialize_head=True, head_node_args=head)
     started.cache = cache
     ray.init(address=started.address, log_to_driver=False)
