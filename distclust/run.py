@@ -7,7 +7,6 @@ it only reads the summary.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import signal
@@ -30,6 +29,7 @@ from distclust.corpus.sources import SourceConfig
 from distclust.corpus.vocabulary import VOCABULARY_FILE, Vocabulary
 from distclust.errors import DataError
 from distclust.mixture.model import MixtureModel
+from distclust.preflight import check_distinct, check_prepared, check_tracking
 from distclust.results.assign import AssignConfig, assign_corpus, assign_documents
 from distclust.results.assignment import Assignment
 from distclust.results.baselines import code_baselines, corpus_baselines
@@ -48,7 +48,6 @@ from distclust.run_folder import (
     remember_run,
     write_json,
 )
-from distclust.training.checkpoint import differences
 from distclust.training.cluster import connect, run_training
 from distclust.training.engine import Outcome
 from distclust.training.tracking import Tracker
@@ -229,6 +228,7 @@ class _Job:
 
     def run(self, baselines: bool) -> dict[str, Any]:
         """Top to bottom."""
+        check_tracking(self.config.tracking, self.folder)
         self.prepare()
         with self.track() as tracker:
             self.train(tracker)
@@ -475,50 +475,6 @@ def _timed(add: Callable[[float], None]) -> Iterator[None]:
 def phase_before_joint(config: RunConfig) -> str:
     """The phase whose checkpoint the last phase starts from: its labels show what joint training adds."""
     return config.phases[-2].name if len(config.phases) > 1 else config.phases[-1].name
-
-
-def check_prepared(manifest: Manifest, config: RunConfig, where: str) -> None:
-    """Refuse a corpus behind a URL, which cannot be prepared again there, if it was prepared otherwise.
-
-    Raises:
-        DataError: the differences are listed.
-    """
-    asked = {group: to_dict(getattr(config, group)) for group in ("source", "vocabulary", "shards")}
-    unlike = differences({group: manifest.options.get(group) or {} for group in asked}, asked)
-    if unlike:
-        listed = "; ".join(line.replace("in the checkpoint", "there") for line in unlike)
-        raise DataError(
-            f"the corpus {where} was prepared otherwise: {listed}. Expected the same source, vocabulary and "
-            "shards. Give those, or prepare another corpus"
-        )
-
-
-def check_distinct(corpus: Corpus, n_clusters: int) -> None:
-    """Refuse more clusters than there are distinct documents; reads no further than it takes to find enough.
-
-    Raises:
-        DataError: with both numbers.
-    """
-    seen: set[bytes] = set()
-    for number in range(len(corpus.shard_rows)):
-        shard = corpus.shard(number)
-        for row in range(shard.n_rows):
-            if shard.dense is not None:
-                content = shard.dense[row].tobytes()
-            else:
-                assert shard.offsets is not None
-                assert shard.indices is not None
-                assert shard.values is not None
-                span = slice(shard.offsets[row], shard.offsets[row + 1])
-                content = shard.indices[span].tobytes() + shard.values[span].tobytes()
-            seen.add(hashlib.blake2b(content, digest_size=16).digest())
-            if len(seen) >= n_clusters:
-                return
-    raise DataError(
-        f"clusters is {n_clusters}, but the {corpus.n_rows} documents of {corpus.root} have only {len(seen)} "
-        f"distinct rows; expected at most one cluster for each. Give clusters={max(len(seen), 2)} or fewer, "
-        "more documents, or a larger vocabulary"
-    )
 
 
 def final_metrics(summary: dict[str, Any]) -> dict[str, float]:

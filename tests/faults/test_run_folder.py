@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,26 +14,43 @@ from distclust import run_folder
 from distclust.config import load_recipe
 from distclust.errors import ConfigError
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from distclust import run_folder
-with run_folder.hold(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+
+def hold_in_child(run: Path, seconds: float) -> tuple[int, int]:
+    """(pid, pipe) of a forked process that holds the folder, says "held" through the pipe, and sleeps."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with run_folder.hold(run):
+                os.write(write, b"held")
+                time.sleep(seconds)
+        finally:
+            os._exit(0)
+    os.close(write)
+    return pid, read
+
+
+class Holder:
+    """A process that holds a folder."""
+
+    def __init__(self, run: Path):
+        self.pid, self._pipe = hold_in_child(run, 60)
+        assert os.read(self._pipe, 9) == b"held"
+
+    def kill(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            os.close(self._pipe)
+            self.killed, self.pid = self.pid, 0
 
 
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds tmp_path / "run"."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    process = Holder(tmp_path / "run")
     yield process
     process.kill()
-    process.wait()
 
 
 def test_a_second_run_is_refused_and_the_holder_named(holder, tmp_path):
@@ -53,19 +69,18 @@ def test_a_second_run_is_refused_and_the_holder_named(holder, tmp_path):
 
 
 def test_a_stopped_holder_is_still_one(holder, tmp_path):
-    holder.send_signal(signal.SIGSTOP)
+    os.kill(holder.pid, signal.SIGSTOP)
     with pytest.raises(ConfigError, match="held by"), run_folder.hold(tmp_path / "run"):
         pass
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(holder, tmp_path, caplog):
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    holder.kill()
     run = tmp_path / "run"
-    assert json.loads((run / "lock").read_text())["pid"] == holder.pid, "the dead process left its lock"
+    assert json.loads((run / "lock").read_text())["pid"] == holder.killed, "the dead process left its lock"
     with run_folder.hold(run):
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
-    assert f"from process {holder.pid}" in caplog.text
+    assert f"from process {holder.killed}" in caplog.text
     assert not (run / "lock").exists()
 
 
@@ -115,7 +130,6 @@ def test_without_kernel_locks_the_word_of_the_file_counts(holder, tmp_path, monk
     with pytest.raises(ConfigError, match=f"process {holder.pid}"), run_folder.hold(tmp_path / "run"):
         pass
     holder.kill()
-    holder.wait()
     with run_folder.hold(tmp_path / "run"):
         pass
 
@@ -124,24 +138,12 @@ def test_many_at_once_after_a_death_give_one_holder(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "lock").write_text(json.dumps({"host": os.uname().nodename, "pid": 2**22 + 1, "start": "-"}))
-    script = HOLDER.replace("time.sleep(60)", "time.sleep(3)").replace(
-        "with run_folder", "print('ready', flush=True); sys.stdin.readline()\nwith run_folder"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(run)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for _ in range(4)
-    ]  # fmt: skip
-    for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    outs = [process.communicate()[0] for process in processes]
-    assert sorted(outs) == ["", "", "", "held\n"]
+    children = [hold_in_child(run, 2.0) for _ in range(6)]
+    said = [os.read(pipe, 9) for _, pipe in children]
+    for pid, pipe in children:
+        os.waitpid(pid, 0)
+        os.close(pipe)
+    assert sorted(said) == [b""] * 5 + [b"held"]
 
 
 def test_a_lock_that_was_removed_while_we_took_it_is_no_lock(tmp_path, monkeypatch):

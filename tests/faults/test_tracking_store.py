@@ -20,7 +20,7 @@ Tracker.open(TrackingConfig(uri=sys.argv[1]), Path(sys.argv[2]), name="run").fin
 """
 
 
-@pytest.mark.parametrize("size", [100_000, 300_000, 450_000])
+@pytest.mark.parametrize("size", [300_000, pytest.param(450_000, marks=pytest.mark.slow)])
 def test_a_store_that_was_being_made(tmp_path, size):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     process = subprocess.Popen(

@@ -373,7 +373,7 @@ def test_a_folder_that_cannot_be_written(texts, tmp_path):
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_disk_that_is_full_or_a_death_while_writing(texts, tmp_path, killed):
-    """The second part does not fit; it is named, what was done stays, and nothing half-written looks like a part."""
+    """It is named, what was done stays, and nothing half-written looks like a part."""
     _, corpus, model = texts
     script = """
 import resource, signal, sys
