@@ -48,7 +48,7 @@ from distclust.training.world import World
 
 log = logging.getLogger(__name__)
 
-ELASTIC_START_S = 20.0
+ELASTIC_START_S = 10.0
 """An elastic group that cannot start with the nodes it counted on looks again after so long."""
 POLL_S = 0.5
 """How often Ray looks at its workers. Its own default of 2 s is what every phase would wait at its end."""

@@ -177,8 +177,9 @@ def settle(train: Callable[[], Outcome], world: World, state: RunState) -> dict[
             # those that wait for this worker fail at once; over NCCL `run_state.watching` ends them
             dist.destroy_process_group()
         return {"error": state.error() or describe(error)}
-    except Exception:
-        log.exception("worker %d of %d failed", world.rank, world.size)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        log.exception("worker %d of %d: %s: %s", world.rank, world.size, type(error).__name__, reason[0])
         found = state.wait_for_error(1.0)
         if found is None:
             raise
