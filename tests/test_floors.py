@@ -26,8 +26,12 @@ def sources() -> list[Path]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """(module, line) of every import in a file, those inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """(module, line) of every import in a file that may happen, those inside functions too."""
+    tree = ast.parse(path.read_text())
+    for block in [n for n in ast.walk(tree) if isinstance(n, ast.If)]:
+        if isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING":
+            block.body = []  # names for the type checker; nothing is imported
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for name in node.names:
                 yield name.name, node.lineno

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
-def reach(uri: str, *, attempts: int = 3, timeout_s: float = 3.0) -> None:
+def reach(uri: str, *, attempts: int = 4, timeout_s: float = 3.0) -> None:
     """Return when something answers at `uri`; MLflow's own client would try for minutes.
 
     A refusal is tried again (servers are restarted), silence is not.
