@@ -233,9 +233,13 @@ def test_a_server_that_is_being_restarted_is_waited_for() -> None:
             server.server_activate()
             server.serve_forever()
 
-        threading.Timer(0.3, start).start()
-        reach(f"http://127.0.0.1:{port}")
-        server.shutdown()
+        later = threading.Timer(0.3, start)
+        later.daemon = True  # a failure must not keep the process from ending
+        later.start()
+        try:
+            reach(f"http://127.0.0.1:{port}")
+        finally:
+            server.shutdown()
 
 
 def test_without_a_server_everything_is_spooled_and_replayed(
