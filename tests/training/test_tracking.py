@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 
 import pytest
 
@@ -229,7 +230,7 @@ def test_a_server_that_is_being_restarted_is_waited_for() -> None:
         server.code = 404  # type: ignore[attr-defined]
 
         def start() -> None:
-            server.server_bind()
+            TCPServer.server_bind(server)  # HTTPServer's own looks up the host's name, which may take seconds
             server.server_activate()
             server.serve_forever()
 
