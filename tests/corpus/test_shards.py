@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -304,26 +305,31 @@ def test_no_documents_make_no_corpus(tmp_path: Path) -> None:
     assert not (tmp_path / "manifest.json").exists()
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files_only() -> Iterator[None]:
-    """Files of at most 2,000 bytes: what a full disk does to a writer, done by the kernel."""
+    """Files of at most 2,000 bytes: what a full disk does to a writer, done by the kernel.
+
+    Around the call alone: pytest's own report may go to a file that is longer.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path, small_files_only: None) -> None:
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     table = make_table(200)
-    with pytest.raises(DataError, match=r"cannot write .*shard-00000.arrow.*free some space"):
+    refused = pytest.raises(DataError, match=r"cannot write .*shard-00000.arrow.*free some space")
+    with refused, small_files_only():
         write_shard(tmp_path / "shard-00000.arrow", table, 50)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_manifest_that_fails_leaves_no_corpus(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_manifest_that_fails_leaves_no_corpus(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c", [1] * 20)
-    request.getfixturevalue("small_files_only")
-    with pytest.raises(DataError, match=r"cannot write .*manifest.json"):
+    with pytest.raises(DataError, match=r"cannot write .*manifest.json"), small_files_only():
         write_manifest(tmp_path / "d", corpus.manifest)
     assert list((tmp_path / "d").iterdir()) == []
 
