@@ -54,9 +54,9 @@ def _reach_once(uri: str, timeout_s: float) -> None:
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
         port = f":{parts.port}" if parts.port else ""
         try:
-            with urllib.request.urlopen(
-                f"{kind}://{host}{port}{parts.path.rstrip('/')}/health", timeout=timeout_s
-            ):
+            # an opener of its own: the shared one keeps the proxies of whenever it was first used
+            opener = urllib.request.build_opener()
+            with opener.open(f"{kind}://{host}{port}{parts.path.rstrip('/')}/health", timeout=timeout_s):
                 pass
         except urllib.error.HTTPError as error:
             if error.code >= 500:
