@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import re
 import types
 import typing
@@ -27,7 +28,10 @@ from distclust.corpus.shards import ShardConfig
 from distclust.corpus.sources import SourceConfig
 from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import ConfigError
+from distclust.mixture.catalogue import ESTIMATORS, EstimatorConfig
 from distclust.mixture.methods import METHODS, Method, ModelSettings, Phase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +148,8 @@ class RunConfig:
     """Settings of the method's slots."""
     phases: tuple[Phase, ...] = ()
     """The schedule."""
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    """Settings of scikit-learn's rows, such as k-means and gmm; of no use to the others."""
     initialise: InitialiseConfig = field(default_factory=InitialiseConfig)
     """k-means on the codes."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -158,7 +164,8 @@ class RunConfig:
             raise ConfigError(f"clusters is {self.clusters}; expected at least 2")
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed is {self.seed}; expected 0 to 2^31 - 1")
-        method_row(self.method)
+        if self.method not in ESTIMATORS:
+            method_row(self.method)
         most = self.cluster.worker_range[1]
         if most > self.order.lanes:
             raise ConfigError(
@@ -184,10 +191,13 @@ def method_row(name: str) -> Method:
     """The row of that name.
 
     Raises:
-        ConfigError: with the nearest valid name.
+        ConfigError: with the nearest valid name; or the row is scikit-learn's, and has no network.
     """
+    if name in ESTIMATORS:
+        raise ConfigError(f"method is {name!r}, which is scikit-learn's; expected a row with phases to train")
     if name not in METHODS:
-        raise ConfigError(f"method is {name!r}, which is not in the table{_nearest(name, METHODS)}")
+        known = [*METHODS, *ESTIMATORS]
+        raise ConfigError(f"method is {name!r}, which is not in the table{_nearest(name, known)}")
     return METHODS[name]
 
 
@@ -280,12 +290,30 @@ def resolve(data: Mapping[str, Any]) -> RunConfig:
             raise ConfigError(
                 f"the recipe has no {key!r}; every recipe names a method and the number of clusters"
             )
+    if str(data["method"]) in ESTIMATORS:
+        return _resolve_estimator(data)
     row = method_row(str(data["method"]))
     model, phases = data.get("model") or {}, data.get("phases") or {}
     _check_keys(ModelSettings, model, "model")
     data["model"] = to_dict(row.settings) | dict(model)
     if isinstance(phases, Mapping):
         data["phases"] = _merge_phases(row, phases)
+    _check_keys(RunConfig, data, "")
+    return _parse(data)
+
+
+def _resolve_estimator(data: dict[str, Any]) -> RunConfig:
+    """A row of scikit-learn's; what a recipe says of networks and phases is left out, and said so."""
+    unused = [key for key in ("model", "phases") if data.get(key)]
+    if data.pop("model", None) == to_dict(ModelSettings()):
+        unused.remove("model")
+    data.pop("phases", None)
+    if unused:
+        log.warning(
+            "%s of the recipe: left out, since %s is scikit-learn's; its settings are in estimator",
+            " and ".join(unused),
+            data["method"],
+        )
     _check_keys(RunConfig, data, "")
     return _parse(data)
 
