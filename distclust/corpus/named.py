@@ -5,20 +5,16 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from distclust.corpus import rcv1, synthetic
 from distclust.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
-
-RCV1_DOCUMENTS = 804_414
-_RCV1_TERMS = 47_236
-_RCV1_ROOTS = ("CCAT", "ECAT", "GCAT", "MCAT")
-_ROWS_WRITTEN = 20_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +34,8 @@ class Layout:
     """A column of truth values: only rows where it holds are taken."""
     labels_among: tuple[str, ...] | None = None
     """Only these labels are taken, the others are as if they were not there."""
+    labels_kept: tuple[str, ...] | None = None
+    """Only documents with exactly one label (of ``labels_among``), and that one of these, are taken."""
     values_are: Literal["weights", "counts"] = "weights"
     n_features: int | None = None
     divide_by: float = 1.0
@@ -74,6 +72,8 @@ class NamedSet:
     """How many it must have, where another number would be another data set."""
     fetch: Callable[[Path], None] | None = None
     """Writes the file of ``place`` with one of scikit-learn's fetchers."""
+    made: bool = False
+    """Its rows are computed: there is no file."""
 
 
 def data_dir() -> Path | None:
@@ -87,8 +87,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DISTCLUST_CACHE", "~/.cache/distclust")).expanduser()
 
 
-def locate(name: str) -> list[str]:
-    """The files of a named set, fetched if need be.
+def locate(name: str, seed: int | None = None, documents: int | None = None) -> list[str]:
+    """The files of a named set, fetched if need be; of a set that is made, its address.
+
+    Args:
+        name: of the set.
+        seed: of a set that is made.
+        documents: how many of a set that is made.
 
     Raises:
         DataError: there is no local copy, and it cannot be fetched; the message names the place to put it.
@@ -96,6 +101,8 @@ def locate(name: str) -> list[str]:
     if name == "builtin":
         return [str(resources.files("distclust.corpus") / "builtin" / "reuters9.parquet")]
     known = NAMED_SETS[name]
+    if known.made:
+        return [synthetic.address(name, seed, documents)]
     for folder in (data_dir(), cache_dir()):
         files = sorted(glob.glob(str(folder / known.place))) if folder else []
         if files:
@@ -132,6 +139,8 @@ def locate(name: str) -> list[str]:
 def layout_of(name: str, label: str | None, values_are: Literal["weights", "counts"]) -> Layout:
     """The columns of a named set under the two options that named sets have.
 
+    Which topics ``rcv1-20`` keeps depends on the documents: `rcv1.recipe` tells.
+
     Raises:
         ConfigError: the set has no such label or no such values.
     """
@@ -143,16 +152,16 @@ def layout_of(name: str, label: str | None, values_are: Literal["weights", "coun
             f"source.label is {label!r} for the data set {name!r}; expected "
             f"{' or '.join(map(repr, choices))}; leave it out for the first."
         )
-    if name.startswith("rcv1"):
-        layout = replace(layout, labels_among=_RCV1_ROOTS if (label or "root") == "root" else None)
+    if known.labels == rcv1.LABELS:
+        layout = replace(layout, labels_among=rcv1.topics_of(label or known.labels[0]))
     elif label is not None:
         layout = replace(layout, label=label)
     if values_are == "counts":
-        if name != "rcv1-part":
+        if known.labels != rcv1.LABELS:
             raise ConfigError(
                 f"source.values_are is 'counts' for the data set {name!r}, which has "
                 f"{'text' if layout.kind == 'text' else 'weights'}; expected 'weights'; counts are known for "
-                "'rcv1-part' and for files of counts."
+                "'rcv1', 'rcv1-part' and files of counts."
             )
         layout = replace(layout, values="tf", values_are="counts")
     return layout
@@ -194,45 +203,7 @@ def _fetch_rcv1(path: Path) -> None:
     from sklearn.datasets import fetch_rcv1
 
     home = str(cache_dir() / "scikit-learn")
-    write_rcv1(fetch_rcv1(subset="all", shuffle=False, data_home=home, n_retries=1, delay=0.5), path)
-
-
-def write_rcv1(bunch: Any, path: Path) -> None:
-    """Write what ``sklearn.datasets.fetch_rcv1`` gives as Parquet: doc, indices, tfidf, topics."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    names = np.asarray(bunch.target_names, dtype=object)
-
-    def tables() -> Iterator[pa.Table]:
-        for start in range(0, bunch.data.shape[0], _ROWS_WRITTEN):
-            rows = bunch.data[start : start + _ROWS_WRITTEN].tocsr()
-            rows.sort_indices()
-            topics = bunch.target[start : start + _ROWS_WRITTEN].tocsr()
-            topics.sort_indices()
-            bounds = pa.array(rows.indptr.astype(np.int32))
-            yield pa.table(
-                {
-                    "doc": pa.array(
-                        np.asarray(bunch.sample_id[start : start + _ROWS_WRITTEN]).astype(np.int64)
-                    ),
-                    "indices": pa.ListArray.from_arrays(bounds, pa.array(rows.indices.astype(np.int32))),
-                    "tfidf": pa.ListArray.from_arrays(bounds, pa.array(rows.data.astype(np.float32))),
-                    "topics": pa.ListArray.from_arrays(
-                        pa.array(topics.indptr.astype(np.int32)), pa.array(names[topics.indices], pa.string())
-                    ),
-                }
-            )
-
-    writer = None
-    try:
-        for table in tables():
-            writer = writer or pq.ParquetWriter(path, table.schema)
-            writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
+    rcv1.write_rcv1(fetch_rcv1(subset="all", shuffle=False, data_home=home, n_retries=1, delay=0.5), path)
 
 
 def check_documents(name: str, rows: int) -> None:
@@ -276,23 +247,33 @@ NAMED_SETS: dict[str, NamedSet] = {
     "rcv1": NamedSet(
         place="rcv1-full/rcv1.parquet",
         layout=Layout(
-            kind="sparse", indices="indices", values="tfidf", id="doc", label="topics", n_features=_RCV1_TERMS
+            kind="sparse", indices="indices", values="tfidf", id="doc", label="topics", n_features=rcv1.TERMS
         ),
-        labels=("root", "topics"),
-        documents=RCV1_DOCUMENTS,
+        labels=rcv1.LABELS,
+        documents=rcv1.DOCUMENTS,
         fetch=_fetch_rcv1,
     ),
     "rcv1-part": NamedSet(
         place="rcv1/part-*.parquet",
         layout=Layout(
-            kind="sparse", indices="indices", values="tfidf", id="doc", label="topics", n_features=_RCV1_TERMS
+            kind="sparse", indices="indices", values="tfidf", id="doc", label="topics", n_features=rcv1.TERMS
         ),
-        labels=("root", "topics"),
+        labels=rcv1.LABELS,
     ),
     "arxiv": NamedSet(
         place="arxiv/part-*.parquet",
         layout=Layout(kind="text", text=("title", "abstract"), title="title", id="id", label="group"),
         labels=("group", "primary"),
+    ),
+    **{
+        name: NamedSet(place="", layout=Layout(kind="dense", dense="x", label="y"), made=True)
+        for name in synthetic.GENERATORS
+    },
+    synthetic.DIGITS: NamedSet(
+        place="",
+        layout=Layout(kind="dense", dense="x", label="y", divide_by=16.0),
+        documents=1_797,
+        made=True,
     ),
 }
 """Every set by its name. Numbers of documents are those of scikit-learn's fetchers and of the collections."""

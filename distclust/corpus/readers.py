@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import fsspec
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from distclust.corpus import synthetic
 from distclust.errors import DataError
 
 BLOCK_ROWS = 2048
@@ -40,15 +41,20 @@ FORMATS = {
     ".npz": "npz",
 }
 """Format by ending; ``.jsonl`` and ``.csv`` may be followed by ``.gz`` and the like."""
+MADE = "made"
+"""The format of sets that are computed: their path is an address of `synthetic`."""
+IMAGE = b"image"
+"""Key in a schema's metadata: channels, height and width of rows that are images, as ``1,28,28``."""
+_CHANNELS = 4
 
 
 class Split(NamedTuple):
     """A piece of a file, small enough to send to any node."""
 
     path: str
-    """A path or an fsspec URL."""
+    """A path, an fsspec URL, or the address of a set that is made."""
     format: str
-    """One of the values of `FORMATS`."""
+    """One of the values of `FORMATS`, or `MADE`."""
     part: int
     """Row group of a Parquet file, else 0."""
     start: int
@@ -81,6 +87,11 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def is_made(path: str) -> bool:
+    """Whether the path is the address of a set that is computed."""
+    return path.startswith(synthetic.SCHEME)
+
+
 def open_binary(path: str, compression: str | None = None) -> IO[bytes]:
     """Open a path or URL for reading bytes."""
     return fsspec.open(path, "rb", compression=compression).open()
@@ -103,8 +114,12 @@ def schema_of(path: str, format_: str) -> pa.Schema:
             with open_binary(path, "infer") as file:
                 names = pa.csv.open_csv(file, parse_options=_CSV_PARSE).schema.names
                 return pa.schema([(name, pa.string()) for name in names])
-        if format_ == "npz":
-            return _npz_block(load_npz(path), 0, 0).schema
+        if format_ in _ARRAYS:
+            arrays = _ARRAYS[format_](path)
+            schema = _npz_block(arrays, 0, 0).schema
+            if arrays.image is None:
+                return schema
+            return schema.with_metadata({IMAGE: ",".join(map(str, arrays.image)).encode()})
         with open_binary(path, "infer") as file:
             lines = itertools.islice(_json_lines(file, path, 0, -1), _SAMPLE_LINES)
             return _batch_of_records([record for record, _ in lines], None, path).schema
@@ -134,7 +149,7 @@ def plan(path: str, format_: str, limit: int | None = None) -> tuple[list[Split]
         if format_ == "csv":
             rows = None if limit is None else sum(1 for _ in itertools.islice(_csv_rows(path), limit))
             return [Split(path, format_, 0, 0, -1 if rows is None else rows, 0)], rows
-        rows = _arrow_rows(path) if format_ == "arrow" else load_npz(path).n_rows
+        rows = _arrow_rows(path) if format_ == "arrow" else _ARRAYS[format_](path).n_rows
     except DataError:
         raise
     except (OSError, ValueError, KeyError, EOFError) as error:
@@ -155,6 +170,7 @@ def read(split: Split, columns: Sequence[str]) -> Iterator[Block]:
         "csv": _read_csv,
         "arrow": _read_arrow,
         "npz": _read_npz,
+        MADE: _read_npz,
     }
     try:
         yield from readers[split.format](split, list(columns))
@@ -344,7 +360,7 @@ def _read_jsonl(split: Split, columns: list[str]) -> Iterator[Block]:
             yield Block(_batch_of_records(records, columns, split.path), first)
 
 
-# ---- NumPy archives
+# ---- NumPy archives, and rows that are made
 
 
 class Arrays(NamedTuple):
@@ -358,12 +374,17 @@ class Arrays(NamedTuple):
     """(n,)"""
     n_rows: int
     n_features: int
+    image: tuple[int, int, int] | None = None
+    """Channels, height and width, where the dense rows are images."""
 
 
 @functools.lru_cache(maxsize=1)
 def load_npz(path: str) -> Arrays:
     """Read what ``scipy.sparse.save_npz`` wrote, or arrays ``x`` and ``y`` (or x_train, x_test, y_train,
-    y_test).
+    y_test, the training rows first).
+
+    ``x`` may be rows (n, D), or images (n, H, W) or (n, H, W, C), which become rows in the order of channel,
+    line and column: value (c, h, w) is number (c H + h) W + w of its row.
 
     Raises:
         DataError: it holds neither.
@@ -413,8 +434,28 @@ def load_npz(path: str) -> Arrays:
         raise DataError(
             f"{path}: y has shape {y.shape}; expected ({len(x)},), one label for each row of x; mend y."
         )
+    image = None
+    if x.ndim == 4:
+        if x.shape[3] > _CHANNELS >= x.shape[1]:
+            raise DataError(
+                f"{path}: x has shape {x.shape}, which looks like images with their channels first; expected "
+                "(n, height, width, channels); move the axis with numpy.moveaxis(x, 1, -1)."
+            )
+        x = np.moveaxis(x, 3, 1)
+        image = (x.shape[1], x.shape[2], x.shape[3])
+    elif x.ndim == 3:
+        image = (1, x.shape[1], x.shape[2])
     x = x.reshape(len(x), int(np.prod(x.shape[1:])))
-    return Arrays(None, x, y, len(x), x.shape[1])
+    return Arrays(None, x, y, len(x), x.shape[1], image)
+
+
+def load_made(path: str) -> Arrays:
+    """The rows and labels of a set that is computed."""
+    made = synthetic.load(path)
+    return Arrays(None, made.x, made.y, len(made.x), made.x.shape[1], made.image)
+
+
+_ARRAYS: dict[str, Callable[[str], Arrays]] = {"npz": load_npz, MADE: load_made}
 
 
 def _npz_block(arrays: Arrays, start: int, stop: int) -> pa.RecordBatch:
@@ -434,6 +475,6 @@ def _npz_block(arrays: Arrays, start: int, stop: int) -> pa.RecordBatch:
 
 
 def _read_npz(split: Split, columns: list[str]) -> Iterator[Block]:
-    arrays = load_npz(split.path)
+    arrays = _ARRAYS[split.format](split.path)
     for row in range(split.start, split.stop, BLOCK_ROWS):
         yield Block(_npz_block(arrays, row, min(row + BLOCK_ROWS, split.stop)).select(columns), row)

@@ -15,6 +15,7 @@ import difflib
 import glob
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,12 +23,15 @@ from typing import Literal
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from distclust.corpus import readers
+from distclust.corpus import rcv1, readers, synthetic
 from distclust.corpus.columns import canonical, is_label, is_list, is_text
 from distclust.corpus.named import NAMED_SETS, Layout, check_documents, layout_of, locate
 from distclust.corpus.readers import FORMATS, Split
 from distclust.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 # Up to this many bytes in all, files are told apart by their content; above it by size and time of change.
 _HASHED_BYTES = 1 << 30
@@ -41,7 +45,9 @@ class SourceConfig:
 
     name: str = "builtin"
     """``builtin`` (9 topics of Reuters-21578), ``20news``, ``mnist``, ``reuters``, ``rcv1`` (all 804,414
-    documents), ``rcv1-part``, ``arxiv``, or ``files`` for files of one's own."""
+    documents), ``rcv1-part``, ``arxiv``; ``digits`` (scikit-learn's, 8 x 8); the synthetic
+    ``damic-sigmoid2``, ``damic-tanh-sigmoid``, ``damic-sigmoid-sigmoid``, ``painwheel``, ``toroidal``,
+    ``moons``, ``circles``, ``simplex``; or ``files`` for files of one's own."""
     files: tuple[str, ...] = ()
     """Paths, patterns such as ``news/*.parquet``, or fsspec URLs; read in this order, patterns in order of
     name."""
@@ -63,8 +69,10 @@ class SourceConfig:
     numbers."""
     label: str | None = None
     """Column with the label, or a list of labels; used to score, never to train. Default: ``label`` if there
-    is one. Of the named sets ``arxiv`` has ``group`` or ``primary``, ``rcv1`` and ``rcv1-part`` have
-    ``root`` or ``topics``."""
+    is one. Of the named sets ``arxiv`` has ``group`` or ``primary``. ``rcv1`` and ``rcv1-part`` have
+    ``root`` (the four roots) or ``topics`` (all) for all documents; with ``single-root`` only documents of
+    one root are taken (the DEC recipe), with ``rcv1-20`` only those with one second-level topic that is the
+    second to 21st largest (the DCN and DAMIC recipe; sizes are counted before ``where`` and ``limit``)."""
     where: str | None = None
     """Column of truth values: only documents where it is true are taken."""
     values_are: Literal["weights", "counts"] = "weights"
@@ -72,7 +80,12 @@ class SourceConfig:
     n_features: int | None = None
     """Number of columns of sparse rows. Default: the largest index plus one."""
     limit: int | None = None
-    """Only the first so many rows (counted before ``where``)."""
+    """Only the first so many rows (counted before ``where``, and before a label that leaves rows out)."""
+    seed: int | None = None
+    """Seed of a synthetic set, 0 unless given; apart from the recipe's own seed. Other sets take none."""
+    documents: int | None = None
+    """How many documents a synthetic set gets, in classes of one size. Default: as in its paper, 4,000 for
+    DAMIC's and 1,000 for the others. Other sets take none."""
 
     def __post_init__(self) -> None:
         names = (*NAMED_SETS, _FILES)
@@ -99,6 +112,7 @@ class SourceConfig:
                     "source.name=files."
                 )
             layout_of(self.name, self.label, self.values_are)
+        synthetic.check(self.name, self.seed, self.documents)
         kinds = [k for k in ("text", "indices", "dense") if getattr(self, k) is not None]
         if len(kinds) > 1:
             raise ConfigError(
@@ -130,6 +144,8 @@ class Source:
     """How many rows there are (before ``where``); ``None`` where only reading tells."""
     fingerprint: str
     """sha256 over the files (names, sizes, content or time of change) and how they are read."""
+    image_shape: tuple[int, int, int] | None = None
+    """Channels, height and width, where the documents are images; their rows are in that order."""
 
     @property
     def kind(self) -> Literal["text", "sparse", "dense"]:
@@ -155,7 +171,9 @@ class Source:
             if self.layout.where is not None:
                 columns = columns.filter(columns.column(self.layout.where).fill_null(False))
             if columns.num_rows:
-                yield canonical(columns, self.layout, first)
+                table = _of_kept_labels(canonical(columns, self.layout, first), self.layout.labels_kept)
+                if table.num_rows:
+                    yield table
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -167,8 +185,11 @@ def open_source(config: SourceConfig) -> Source:
         are no
             documents.
     """
-    files = _find_files(config.files) if config.name == _FILES else locate(config.name)
-    format_ = _format_of(files, config.format)
+    if config.name == _FILES:
+        files = _find_files(config.files)
+    else:
+        files = locate(config.name, config.seed, config.documents)
+    format_ = readers.MADE if readers.is_made(files[0]) else _format_of(files, config.format)
     schemas = {file: readers.schema_of(file, format_) for file in files}
     # a JSONL file without lines has no columns to look at
     schemas = {file: schema for file, schema in schemas.items() if schema.names or format_ != "jsonl"}
@@ -180,6 +201,8 @@ def open_source(config: SourceConfig) -> Source:
     else:
         layout = layout_of(config.name, config.label, config.values_are)
         layout = layout if config.where is None else replace(layout, where=config.where)
+        if config.label in rcv1.PUBLISHED:
+            layout = replace(layout, labels_kept=_kept_labels(config, files))
     widths = {}
     for file, schema in schemas.items():
         _check_columns(schema, layout, file, format_)
@@ -200,12 +223,51 @@ def open_source(config: SourceConfig) -> Source:
         layout = replace(layout, n_features=width)
     elif format_ == "npz" and layout.kind == "sparse" and layout.n_features is None:
         layout = replace(layout, n_features=max(readers.load_npz(file).n_features for file in files))
+    image = _image_shape(schemas, layout)
     splits, total = _plan(files, format_, config.limit)
     if config.limit is None and config.name != _FILES and total is not None:
         check_documents(config.name, total)
     if not splits or total == 0:
         raise _no_documents(files)
-    return Source(config, layout, tuple(splits), total, _fingerprint(files, layout, config.limit))
+    fingerprint = _fingerprint(files, layout, config.limit, image)
+    return Source(config, layout, tuple(splits), total, fingerprint, image)
+
+
+def _of_kept_labels(table: pa.Table, kept: tuple[str, ...] | None) -> pa.Table:
+    """The rows with exactly one label that is one of these; all where nothing is said."""
+    if kept is None:
+        return table
+    labels = table["labels"].combine_chunks()
+    single = pc.equal(pc.list_value_length(labels), 1)
+    table = table.filter(single)
+    return table.filter(pc.is_in(labels.filter(single).flatten(), value_set=pa.array(kept, pa.string())))
+
+
+def _kept_labels(config: SourceConfig, files: list[str]) -> tuple[str, ...]:
+    assert config.label is not None
+    found = rcv1.recipe(files, config.label)
+    if config.name == "rcv1":
+        rcv1.check_published(config.label, found)
+    logger.info("source.label=%s keeps %s", config.label, ", ".join(found.topics))
+    return found.topics
+
+
+def _image_shape(schemas: dict[str, pa.Schema], layout: Layout) -> tuple[int, int, int] | None:
+    if layout.kind != "dense":
+        return None
+    shapes = {(schema.metadata or {}).get(readers.IMAGE, b""): file for file, schema in schemas.items()}
+    if len(shapes) > 1:
+        (a, one), (b, other) = list(shapes.items())[:2]
+        raise DataError(
+            f"{other} has images of shape {b.decode() or '(none)'} and {one} of {a.decode() or '(none)'} "
+            "(channels, height, width); expected one shape; prepare them as two corpora."
+        )
+    (text,) = shapes
+    if not text:
+        return None
+    channels, height, width = map(int, text.split(b","))
+    logger.info("The documents are images of %d x %d x %d (channels, height, width)", channels, height, width)
+    return channels, height, width
 
 
 def _no_documents(files: list[str]) -> DataError:
@@ -374,7 +436,9 @@ def _check_columns(schema: pa.Schema, layout: Layout, path: str, format_: str) -
             raise DataError(f"{path}: column {field!r} holds {found_type}; expected {wanted}; {hint}.")
 
 
-def _fingerprint(files: list[str], layout: Layout, limit: int | None) -> str:
+def _fingerprint(
+    files: list[str], layout: Layout, limit: int | None, image: tuple[int, int, int] | None
+) -> str:
     parts: list[list[object]] = []
     infos = [_info(file) for file in files]
     hashed = sum(size for size, _ in infos) <= _HASHED_BYTES
@@ -384,12 +448,19 @@ def _fingerprint(files: list[str], layout: Layout, limit: int | None) -> str:
             with open(file, "rb") as stream:
                 mark = hashlib.file_digest(stream, "sha256").hexdigest()
         parts.append([os.path.basename(file), size, mark])
-    content = {"files": parts, "layout": asdict(layout), "limit": limit}
+    how = asdict(layout)
+    if layout.labels_kept is None:  # a later addition: without it a source stays the one it was
+        del how["labels_kept"]
+    content: dict[str, object] = {"files": parts, "layout": how, "limit": limit}
+    if image is not None and image[0] > 1:  # of one channel, the order of the values is that of the file
+        content["image"] = image
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _info(file: str) -> tuple[int, str]:
     """Size, and whatever changes when the content does."""
+    if readers.is_made(file):
+        return 0, f"generators {synthetic.VERSION}"
     if not readers.is_url(file):
         status = os.stat(file)
         return status.st_size, str(status.st_mtime_ns)

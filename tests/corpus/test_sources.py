@@ -7,7 +7,6 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from scipy import sparse
 
 from distclust.corpus import named, readers
 from distclust.corpus.sources import SourceConfig, open_source
-from distclust.errors import ConfigError, DataError
+from distclust.errors import DataError
 
 DATA = os.environ.get("DISTCLUST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="DISTCLUST_DATA is not set")
@@ -141,14 +140,33 @@ def test_numpy_archives(tmp_path: Path) -> None:
     assert (source.kind, source.layout.n_features, source.n_documents) == ("sparse", 30, N)
     found = read_all(files(tmp_path / "s.npz"))
     assert np.concatenate(found["values"].to_pylist()).tolist() == matrix.data.tolist()
+    assert source.image_shape is None
     x, y = np.random.default_rng(0).integers(0, 9, (N, 3, 2)).astype(np.uint8), np.arange(N) % 4
     np.savez_compressed(tmp_path / "d.npz", x=x, y=y)
     found = read_all(files(tmp_path / "d.npz", limit=20))
     np.testing.assert_array_equal(np.array(found["values"].to_pylist()), x.reshape(N, 6)[:20])
     assert found["labels"].to_pylist() == [[str(label)] for label in y[:20]]
+    assert open_source(files(tmp_path / "d.npz")).image_shape == (1, 3, 2)
     np.savez(tmp_path / "o.npz", x=np.array([{}], dtype=object))  # would need unpickling
     with pytest.raises(DataError, match="cannot be read as npz"):
         open_source(files(tmp_path / "o.npz"))
+
+
+def test_colour_images_become_rows_of_channels_lines_and_columns(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (N, 4, 5, 3)).astype(np.uint8)
+    np.savez(tmp_path / "c.npz", x=x)
+    source = open_source(files(tmp_path / "c.npz"))
+    assert source.image_shape == (3, 4, 5)
+    rows = np.array(read_all(files(tmp_path / "c.npz"))["values"].to_pylist())
+    for c, h, w in [(0, 0, 0), (0, 0, 4), (1, 2, 3), (2, 3, 4)]:
+        np.testing.assert_array_equal(rows[:, (c * 4 + h) * 5 + w], x[:, h, w, c])
+    np.savez(tmp_path / "f.npz", x=np.moveaxis(x, 3, 1))
+    with pytest.raises(DataError, match=r"channels first; expected \(n, height, width, channels\)"):
+        open_source(files(tmp_path / "f.npz"))
+    np.savez(tmp_path / "g.npz", x=x[..., 0].reshape(N, 5, 4))
+    np.savez(tmp_path / "h.npz", x=x[..., 0])
+    with pytest.raises(DataError, match=r"images of shape 1,4,5 and .* of 1,5,4"):
+        open_source(files(tmp_path / "g.npz", tmp_path / "h.npz"))
 
 
 def test_many_files_and_patterns_in_order_of_name(tmp_path: Path) -> None:
@@ -270,8 +288,17 @@ def test_20news_titles_and_mnist_range() -> None:
         read_all(SourceConfig(name="20news", limit=5))["title"][0].as_py()
         == "Alt.Atheism FAQ: Atheist Resources"
     )
-    values = np.array(read_all(SourceConfig(name="mnist", limit=100))["values"].to_pylist())
+    mnist = read_all(SourceConfig(name="mnist", limit=60_010))
+    values = mnist["values"].combine_chunks().flatten().to_numpy().reshape(-1, 784)
     assert (values.min(), values.max()) == (0.0, 1.0)
+    archive = np.load(Path(str(DATA)) / "mnist" / "mnist.npz")
+    for rows, part in ((slice(0, 60_000, 997), "train"), (slice(60_000, 60_010), "test")):
+        take = rows if part == "train" else slice(0, 10)
+        pixels = archive[f"x_{part}"][take].reshape(-1, 784).astype(np.float32)
+        np.testing.assert_array_equal(values[rows], pixels / np.float32(255))
+        labels = [label for (label,) in mnist["labels"].to_pylist()[rows]]
+        assert labels == archive[f"y_{part}"][take].astype(str).tolist()
+    assert open_source(SourceConfig(name="mnist")).image_shape == (1, 28, 28)
 
 
 @needs_data
@@ -324,34 +351,3 @@ def test_a_set_without_a_fetcher(name: str, monkeypatch: pytest.MonkeyPatch, tmp
     offline(monkeypatch, tmp_path)
     with pytest.raises(DataError, match=rf"{name}.*was not found.*set DISTCLUST_DATA to the folder"):
         open_source(SourceConfig(name=name))
-
-
-def tiny_rcv1() -> Any:
-    data = sparse.random(50, 47_236, density=1e-3, format="csr", random_state=0)
-    topics = np.eye(5, dtype=np.uint8)[np.arange(50) % 5]
-    topics[0, 1] = 1
-    target = sparse.csr_matrix(topics)
-    names = np.array(["CCAT", "C15", "ECAT", "GCAT", "MCAT"])
-    return SimpleNamespace(data=data, target=target, target_names=names, sample_id=np.arange(2286, 2336))
-
-
-def test_rcv1_is_the_whole_collection_or_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DISTCLUST_DATA", str(tmp_path))
-    (tmp_path / "rcv1-full").mkdir()
-    named.write_rcv1(tiny_rcv1(), tmp_path / "rcv1-full" / "rcv1.parquet")
-    with pytest.raises(DataError, match="has 50 documents here; expected 804,414.*rcv1-part"):
-        open_source(SourceConfig(name="rcv1"))
-    with pytest.raises(ConfigError, match="values_are is 'counts'.*rcv1"):
-        SourceConfig(name="rcv1", values_are="counts")
-
-
-def test_rcv1_as_fetched_is_written_and_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    bunch = tiny_rcv1()
-    monkeypatch.setattr(named, "_ROWS_WRITTEN", 20)
-    named.write_rcv1(bunch, tmp_path / "rcv1.parquet")
-    source = files(tmp_path / "rcv1.parquet", id="doc", values="tfidf", label="topics", n_features=47_236)
-    found = read_all(source)
-    assert found["id"].to_pylist() == [str(i) for i in range(2286, 2336)]
-    bunch.data.sort_indices()
-    assert np.concatenate(found["indices"].to_pylist()).tolist() == bunch.data.indices.tolist()
-    assert found["labels"].to_pylist()[:3] == [["CCAT", "C15"], ["C15"], ["ECAT"]]
