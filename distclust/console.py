@@ -186,6 +186,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     out.print()
     places = {"summary": "summary.json", **{key: summary[key] for key in ("assignments", "model")}}
     for what, place in places.items():
+        if place is None:  # an estimator keeps no model
+            continue
         out.print(f"{what:<12} {folder / place}", soft_wrap=True, markup=False)
     if summary["how_to_open"]:
         out.print(f"{'MLflow':<12} {summary['how_to_open']}", soft_wrap=True, markup=False)

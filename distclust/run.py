@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -28,16 +28,27 @@ from distclust.corpus.shards import Corpus, Manifest
 from distclust.corpus.sources import SourceConfig
 from distclust.corpus.vocabulary import VOCABULARY_FILE, Vocabulary
 from distclust.errors import DataError
+from distclust.mixture.catalogue import ESTIMATORS
 from distclust.mixture.model import MixtureModel
 from distclust.preflight import check_distinct, check_prepared, check_tracking
+from distclust.progress import SILENT, Listener, PhaseWatch, timed
 from distclust.results.assign import AssignConfig, assign_corpus, assign_documents
 from distclust.results.assignment import Assignment
-from distclust.results.baselines import code_baselines, corpus_baselines
+from distclust.results.baselines import baselines_of
+from distclust.results.estimators import (
+    Fitted,
+    assign_fitted,
+    check_estimator,
+    find_assigned,
+    fit_estimator,
+    fitted_on,
+)
 from distclust.results.evaluate import class_numbers, evaluate, score_clusters
-from distclust.results.from_checkpoint import encode_corpus, export_checkpoint, load_model, predict_corpus
+from distclust.results.from_checkpoint import export_checkpoint, load_model
 from distclust.results.predict import MODEL_FILE
 from distclust.results.report import SCORE_NAMES, describe_clusters
 from distclust.run_folder import (
+    CONFIG,
     DONE,
     SUMMARY,
     Done,
@@ -54,18 +65,6 @@ from distclust.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-
-class Listener:
-    """Who is told how a job goes on; this one keeps it to itself."""
-
-    def stage(self, name: str) -> None:
-        """A part of the job begins."""
-
-    def advance(self, done: int, total: int, note: str = "") -> None:
-        """It went on."""
-
-
-SILENT = Listener()
 
 ASSIGNMENTS = "assignments"
 MODEL = "model"
@@ -143,6 +142,14 @@ def model_folder(path: str | Path) -> Path:
     for place in (folder, folder / MODEL):
         if (place / MODEL_FILE).exists():
             return place
+    method = (read_json(folder / CONFIG).get("config") or {}).get("method")
+    if method in ESTIMATORS:
+        raise DataError(
+            f"{folder} is a run of {method}, which is scikit-learn's and keeps no model; expected a run of a "
+            f"method that trains one. The clusters of its own documents are in {folder / ASSIGNMENTS}; to "
+            "assign others, put them among its documents and run it again, or train such a method "
+            "(`distclust methods --brief` lists them)"
+        )
     hint = "its training has not finished" if (folder / "checkpoints").exists() else "check the path"
     raise DataError(f"{folder} holds no model; expected a run folder or the model folder in it: {hint}")
 
@@ -217,7 +224,9 @@ class _Job:
     """One start of a run. Attributes are what later parts need of earlier ones."""
 
     corpus: Corpus
-    outcome: Outcome
+    outcome: Outcome | None = None
+    """What training left; None for an estimator."""
+    fitted: Fitted | None = None
     assignment: Assignment
 
     def __init__(self, config: RunConfig, folder: Path, corpus_root: str | Path | None, listener: Listener):
@@ -225,13 +234,17 @@ class _Job:
         self.corpus_root = corpus_root if corpus_root is not None else folder / "corpus"
         self.done = Done(folder / DONE)
         self.model = folder / MODEL
+        self.by_estimator = config.method in ESTIMATORS
 
     def run(self, baselines: bool) -> dict[str, Any]:
         """Top to bottom."""
         check_tracking(self.config.tracking, self.folder)
         self.prepare()
         with self.track() as tracker:
-            self.train(tracker)
+            if self.by_estimator:
+                self.fit()
+            else:
+                self.train(tracker)
             self.assign()
             truth = class_numbers(self.corpus)
             if baselines and (truth >= 0).any():
@@ -244,7 +257,7 @@ class _Job:
     def prepare(self) -> None:
         """The corpus, and the checks that need it; from here on the folder belongs to this configuration."""
         self.listener.stage("prepare")
-        with _timed(lambda s: self.done.add_seconds("prepare", s)):
+        with timed(lambda s: self.done.add_seconds("prepare", s)):
             if is_url(str(self.corpus_root)):
                 check_prepared(Manifest.load(self.corpus_root), self.config, str(self.corpus_root))
             else:
@@ -254,6 +267,8 @@ class _Job:
         data = {"corpus": manifest.fingerprint, "vocabulary": manifest.vocabulary_fingerprint}
         check_same_data(self.folder, data)
         check_distinct(self.corpus, self.config.clusters)
+        if self.by_estimator:
+            check_estimator(self.config, self.corpus)
         remember_run(self.folder, self.config, data)
         self.done.save()
 
@@ -277,10 +292,10 @@ class _Job:
     def train(self, tracker: Tracker | None) -> None:
         """All phases, then the model folder."""
         self.listener.stage("train")
-        watch = _PhaseWatch(self.config, self.done, self.listener)
+        watch = PhaseWatch(self.config, self.done, self.listener)
         tracking = (tracker.uri, tracker.run_id) if tracker is not None else None
         try:
-            with _timed(lambda s: self.done.add_seconds("train", s)):
+            with timed(lambda s: self.done.add_seconds("train", s)):
                 self.outcome = run_training(
                     self.config, self.corpus_root, self.folder, tracking=tracking, on_progress=watch
                 )
@@ -290,12 +305,22 @@ class _Job:
         with self.done.timed("export"):
             export_checkpoint(self.outcome.checkpoint, self.config, self.corpus, self.model)
 
+    def fit(self) -> None:
+        """scikit-learn's row in place of training; done again after a loss, unless all is assigned."""
+        self.listener.stage("train")
+        if find_assigned(self.config, self.corpus, self.folder / ASSIGNMENTS) is None:
+            with self.done.timed("train"), self.done.timed("fit"):
+                self.fitted = fit_estimator(self.config, self.corpus)
+
     # ---- a model to results
 
     def assign(self) -> None:
         """Every document's cluster."""
         self.listener.stage("assign")
         with self.done.timed("assign"):
+            if self.by_estimator:
+                self.assignment = self._assign_fitted()
+                return
             cluster = self.config.cluster
             self.assignment = assign_run(
                 self.model,
@@ -308,25 +333,9 @@ class _Job:
     def make_baselines(self, truth: NDArray[np.int64]) -> None:
         """Scores of what simpler methods find in the same documents; made once, in whichever start."""
         self.listener.stage("baselines")
-        k, seed = self.config.clusters, self.config.seed
-        before = phase_before_joint(self.config)
-
-        def rows() -> dict[str, NDArray[np.int64]]:
-            return corpus_baselines(self.corpus, k, seed)
-
-        def codes() -> dict[str, NDArray[np.int64]]:
-            return code_baselines(encode_corpus(self._model_after("pretrain"), self.corpus), k, seed)
-
-        def gate() -> dict[str, NDArray[np.int64]]:
-            name = "gate after warm start" if before == "gate" else "before joint training"
-            return {name: predict_corpus(self._model_after(before), self.corpus)}
-
-        kinds = {"rows": rows, "codes": codes, "gate": gate}
-        phases = self.outcome.phase_checkpoints
-        if "pretrain" not in phases:
-            del kinds["codes"]
-        if before not in phases:
-            del kinds["gate"]
+        k = self.config.clusters
+        phases = self.outcome.phase_checkpoints if self.outcome is not None else {}
+        kinds = baselines_of(self.config, self.corpus, phases, self._model_after)
         for place, (kind, make) in enumerate(kinds.items()):
             self.listener.advance(place, len(kinds), kind)
             if kind in self.done.baselines:
@@ -335,7 +344,17 @@ class _Job:
                 self.done.baselines[kind] = {n: score_clusters(truth, c, k) for n, c in make().items()}
         self.listener.advance(len(kinds), len(kinds))
 
+    def _assign_fitted(self) -> Assignment:
+        out = self.folder / ASSIGNMENTS
+        if self.fitted is None:
+            return Assignment.open(out)
+        note = "part by part"
+        return assign_fitted(
+            self.fitted, self.config, self.corpus, out, lambda d, n: self.listener.advance(d, n, note)
+        )
+
     def _model_after(self, phase: str) -> MixtureModel:
+        assert self.outcome is not None
         name = Path(self.outcome.phase_checkpoints[phase]).name  # the folder may have been moved since
         return load_model(f"{self.folder}/checkpoints/{name}", self.config, self.corpus)
 
@@ -364,10 +383,13 @@ class _Job:
             "clusters": [c.as_dict() for c in described],
             "ambiguous": self.assignment.manifest["ambiguous"],
             "seconds": dict(self.done.seconds),
-            "global_steps": self.outcome.global_steps,
-            "checkpoint": _relative(self.outcome.checkpoint, self.folder),
+            "fitted_on": fitted_on(self.config, self.corpus) if self.by_estimator else self.corpus.n_rows,
+            "global_steps": self.outcome.global_steps if self.outcome is not None else 0,
+            "checkpoint": _relative(self.outcome.checkpoint, self.folder)
+            if self.outcome is not None
+            else None,
             "assignments": ASSIGNMENTS,
-            "model": MODEL,
+            "model": None if self.by_estimator else MODEL,
             "corpus": _relative(str(self.corpus_root), self.folder),
             "mlflow_run_id": None,
             "model_uri": None,
@@ -376,9 +398,16 @@ class _Job:
 
     def _terms(self) -> tuple[str, ...] | None:
         """Names of the columns, where they are words."""
-        if self.corpus.read_file(VOCABULARY_FILE) is None:
+        content = self.corpus.read_file(VOCABULARY_FILE)
+        if content is None:
             return None
-        vocabulary = Vocabulary.load(self.model / VOCABULARY_FILE)
+        # a vocabulary is read from a file, and the corpus may lie behind a URL
+        copy = self.folder / f".{VOCABULARY_FILE}"
+        try:
+            copy.write_bytes(content)
+            vocabulary = Vocabulary.load(copy)
+        finally:
+            copy.unlink(missing_ok=True)
         return vocabulary.terms if vocabulary.of == "words" else None
 
     def finish(self, summary: dict[str, Any], tracker: Tracker | None) -> dict[str, Any]:
@@ -386,7 +415,8 @@ class _Job:
         if tracker is not None:
             self.listener.stage("mlflow")
             with self.done.timed("mlflow"):
-                summary["model_uri"] = self._log_model(tracker)
+                if not self.by_estimator:
+                    summary["model_uri"] = self._log_model(tracker)
             summary |= {"mlflow_run_id": tracker.run_id, "how_to_open": tracker.how_to_open}
             summary["seconds"] = dict(self.done.seconds)
             tracker.log_final(final_metrics(summary))
@@ -415,66 +445,6 @@ class _Job:
 
 
 # ---- pieces
-
-
-class _PhaseWatch:
-    """Hears of the training's progress; measures each phase by this process' clock, and passes it on."""
-
-    def __init__(self, config: RunConfig, done: Done, listener: Listener):
-        self.done, self.listener = done, listener
-        self.names = [phase.name for phase in config.phases]
-        self.phase = -1
-        self.since = time.monotonic()
-
-    def __call__(self, progress: dict[str, Any]) -> None:
-        if progress["state"] == "starting":
-            self.listener.advance(0, progress["total_steps"], "starting")
-            return
-        self._turn_to(int(progress["phase_index"]))
-        if progress["phase"]:
-            loss, metrics = "", progress["metrics"]
-            if "loss" in metrics:
-                loss = f", loss {metrics['loss']:.4g}"
-            epoch = f", epoch {min(progress['epoch'] + 1, progress['epochs'])}/{progress['epochs']}"
-            note = progress["phase"] + (epoch if progress["epochs"] else "") + loss
-        else:
-            note = "trained"
-        self.listener.advance(progress["global_step"], progress["total_steps"], note)
-
-    def close(self) -> None:
-        """The last phase that was heard of ends now."""
-        self._turn_to(-1)
-
-    def _turn_to(self, phase: int) -> None:
-        if phase == self.phase:
-            return
-        now = time.monotonic()
-        # until the first phase is heard of, workers are being started
-        name = (
-            "start workers"
-            if self.phase < 0
-            else self.names[self.phase]
-            if self.phase < len(self.names)
-            else "stop"
-        )
-        self.done.add_seconds(name, now - self.since)
-        for skipped in self.names[max(self.phase, 0) : max(phase, 0)]:
-            self.done.add_seconds(skipped, 0.0)  # done between two looks
-        self.phase, self.since = phase, now
-
-
-@contextmanager
-def _timed(add: Callable[[float], None]) -> Iterator[None]:
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        add(time.monotonic() - start)
-
-
-def phase_before_joint(config: RunConfig) -> str:
-    """The phase whose checkpoint the last phase starts from: its labels show what joint training adds."""
-    return config.phases[-2].name if len(config.phases) > 1 else config.phases[-1].name
 
 
 def final_metrics(summary: dict[str, Any]) -> dict[str, float]:

@@ -2,7 +2,11 @@
 
 * ``k-means``: on the rows as they are (TF-IDF, or dense input), 10 restarts;
 * ``LSA + k-means``: 50 singular directions (Deerwester et al. 1990), rows scaled to length 1, then as above;
-* ``AE + k-means``: on the codes of the pretrained autoencoder, as they are and scaled to length 1.
+* ``AE + k-means``: on the codes of the pretrained autoencoder, as they are and scaled to length 1;
+* ``gate after warm start`` or ``before joint training``: the run's own labels before its joint phase.
+
+Which of them a run gets follows from its row (`code_phase`, `start_phase`): there are no codes to cluster
+without a pretrained autoencoder, and no labels from before joint training where it starts from scratch.
 
 No labels come in here. Above `max_rows` documents everything is fitted on an evenly drawn sample, and then
 all documents are assigned, a shard at a time.
@@ -12,16 +16,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from distclust.config import RunConfig
+from distclust.mixture.catalogue import ESTIMATORS, EstimatorConfig, losses
+from distclust.mixture.statistics import STATISTICS
+from distclust.results.from_checkpoint import encode_corpus, predict_corpus
 from distclust.training.kmeans import assign_to_centroids, count_distinct, fit_kmeans, threads_for
 
 if TYPE_CHECKING:
     from distclust.corpus.shards import Corpus
+    from distclust.mixture.model import MixtureModel
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +40,88 @@ Rows = Any  # scipy CSR matrix or dense array (n, D)
 
 LSA_DIRECTIONS = 50
 _RESTARTS = 10
-_BLOCK_ROWS = 16_384
+BLOCK_ROWS = 16_384
+"""Rows that are assigned at once."""
+
+
+_SAME = {"k-means": "k-means", "lsa-kmeans": "LSA + k-means"}  # rows of the table that are baselines too
+
+
+# ---- which of them a run gets
+
+
+def baselines_of(
+    config: RunConfig, corpus: Corpus, phases: Collection[str], model_after: Callable[[str], MixtureModel]
+) -> dict[str, Callable[[], dict[str, Labels]]]:
+    """How to make each kind of baseline that makes sense for a run: {kind: {name: labels (N,)}}.
+
+    Args:
+        config: the run's.
+        corpus: the run's.
+        phases: the phases that have left a checkpoint.
+        model_after: the model as it stood at the end of one of them.
+    """
+    k, seed = config.clusters, config.seed
+    own = _SAME.get(config.method) if config.estimator == EstimatorConfig() else None
+    kinds = {"rows": lambda: corpus_baselines(corpus, k, seed, leave_out=own)}
+    if config.method in ESTIMATORS:
+        return kinds
+    before, start = code_phase(config), start_phase(config)
+    if before in phases:
+
+        def codes() -> dict[str, Labels]:
+            found = code_baselines(encode_corpus(model_after(before), corpus), k, seed)
+            # a row that trains nothing further is one of the two itself
+            alone = start is None and not any(losses(phase).clustering for phase in config.phases)
+            if alone and "k-means" in config.row.readout.replace("kmeans", "k-means"):
+                del found["AE (l2) + k-means" if config.model.unit_codes else "AE + k-means"]
+            return found
+
+        kinds["codes"] = codes
+    if start is not None and start[0] in phases:
+        phase, name = start
+        kinds["gate"] = lambda: {name: predict_corpus(model_after(phase), corpus)}
+    return kinds
+
+
+def code_phase(config: RunConfig) -> str | None:
+    """The phase that ends the autoencoder's pretraining: the last that trains it on reconstruction alone,
+    before the first that clusters. None where nothing is pretrained."""
+    found = None
+    for phase in config.phases:
+        kinds = losses(phase)
+        if kinds.clustering:
+            break
+        if phase.epochs and "network" in phase.trains and kinds.other:
+            found = phase.name
+    return found
+
+
+def start_phase(config: RunConfig) -> tuple[str, str] | None:
+    """The phase that the first joint phase starts from, and the name of the baseline that its labels are.
+
+    None where those labels would say nothing: no joint phase, clusters that start at random or with the joint
+    phase itself, or a gate network that has learnt nothing yet.
+    """
+    started = warm = False
+    for place, phase in enumerate(config.phases):
+        kinds = losses(phase)
+        if phase.epochs and kinds.clustering and not kinds.warm:
+            if not started or (config.row.gate == "network" and not warm):
+                return None
+            name = "gate after warm start" if warm else "before joint training"
+            return config.phases[place - 1].name, name
+        # whatever begins a phase and is no statistic starts its clusters
+        started = started or any(n not in STATISTICS and "random" not in n for n in phase.begin)
+        warm = warm or bool(phase.epochs and "gate" in phase.trains) or any("gate" in n for n in phase.begin)
+    return None
+
+
+# ---- how they are made
 
 
 def corpus_baselines(
-    corpus: Corpus, n_clusters: int, seed: int, max_rows: int = 200_000
+    corpus: Corpus, n_clusters: int, seed: int, max_rows: int = 200_000, leave_out: str | None = None
 ) -> dict[str, Labels]:
     """Cluster a prepared corpus without any network.
 
@@ -44,25 +130,30 @@ def corpus_baselines(
         n_clusters: K; fewer are made, with a warning, where too few documents (or their LSA rows) differ.
         seed: of the starts, the sample and the singular directions.
         max_rows: documents fitted on at most; they are held in memory at once, the others a block at a time.
+        leave_out: the one of the two that is not wanted.
 
     Returns:
         ``{"k-means": labels, "LSA + k-means": labels}``, each (corpus.n_rows,) in the order of the corpus.
     """
     from sklearn.decomposition import TruncatedSVD
 
-    fitted = _gather(corpus, _evenly_drawn(corpus.n_rows, max_rows, seed))
-    found = {"k-means": _assign(corpus, _fit_rows(fitted, n_clusters, seed))}
+    fitted = gather(corpus, evenly_drawn(corpus.n_rows, max_rows, seed))
+    found = {}
+    if leave_out != "k-means":
+        found["k-means"] = _assign(corpus, _fit_rows(fitted, n_clusters, seed))
+    if leave_out == "LSA + k-means":
+        return found
     if corpus.n_features < 2:
         logger.warning("no LSA baseline: it needs two features or more, these documents have one")
         return found
     directions = min(LSA_DIRECTIONS, corpus.n_features, fitted.shape[0])
     svd = TruncatedSVD(directions, random_state=seed)
     with threads_for(fitted.size * directions):
-        codes = _unit_rows(svd.fit_transform(fitted))
+        codes = unit_rows(svd.fit_transform(fitted))
     centroids = _fit_codes(codes, n_clusters, seed)
 
     def nearest(rows: Rows) -> Labels:
-        return assign_to_centroids(_unit_rows(svd.transform(rows)), centroids)[0]
+        return assign_to_centroids(unit_rows(svd.transform(rows)), centroids)[0]
 
     found["LSA + k-means"] = _assign(corpus, nearest)
     return found
@@ -80,15 +171,15 @@ def code_baselines(codes: Floats, n_clusters: int, seed: int, max_rows: int = 20
     Returns:
         ``{"AE + k-means": labels, "AE (l2) + k-means": labels}``, each (N,).
     """
-    sample = _evenly_drawn(len(codes), max_rows, seed)
+    sample = evenly_drawn(len(codes), max_rows, seed)
     found = {}
-    for name, rows in {"AE + k-means": codes, "AE (l2) + k-means": _unit_rows(codes)}.items():
+    for name, rows in {"AE + k-means": codes, "AE (l2) + k-means": unit_rows(codes)}.items():
         centroids = _fit_codes(rows[sample], n_clusters, seed)
         found[name] = assign_to_centroids(rows, centroids)[0]
     return found
 
 
-def _evenly_drawn(n_rows: int, max_rows: int, seed: int) -> npt.NDArray[np.int64]:
+def evenly_drawn(n_rows: int, max_rows: int, seed: int) -> npt.NDArray[np.int64]:
     """Ascending row numbers: all, or one at random out of each of max_rows equal stretches."""
     if n_rows <= max_rows:
         return np.arange(n_rows, dtype=np.int64)
@@ -96,7 +187,7 @@ def _evenly_drawn(n_rows: int, max_rows: int, seed: int) -> npt.NDArray[np.int64
     return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
 
 
-def _shard(corpus: Corpus, number: int) -> Rows:
+def shard_matrix(corpus: Corpus, number: int) -> Rows:
     """One shard as a CSR matrix or dense array, not copied where the memory map will do."""
     from scipy.sparse import csr_matrix
 
@@ -107,7 +198,7 @@ def _shard(corpus: Corpus, number: int) -> Rows:
     return csr_matrix((shard.values, shard.indices, shard.offsets), shape=shape, copy=False)
 
 
-def _gather(corpus: Corpus, rows: npt.NDArray[np.int64]) -> Rows:
+def gather(corpus: Corpus, rows: npt.NDArray[np.int64]) -> Rows:
     """The given ascending rows of the corpus, stacked."""
     from scipy.sparse import vstack
 
@@ -116,15 +207,15 @@ def _gather(corpus: Corpus, rows: npt.NDArray[np.int64]) -> Rows:
     for number, (first, last) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
         inside = rows[np.searchsorted(rows, first) : np.searchsorted(rows, last)]
         if inside.size:
-            parts.append(_shard(corpus, number)[inside - first])
+            parts.append(shard_matrix(corpus, number)[inside - first])
     return np.concatenate(parts) if corpus.kind == "dense" else vstack(parts, format="csr")
 
 
 def _assign(corpus: Corpus, nearest: Callable[[Rows], Labels]) -> Labels:
     found = []
     for number in range(len(corpus.shard_rows)):
-        rows = _shard(corpus, number)
-        found += [nearest(rows[at : at + _BLOCK_ROWS]) for at in range(0, rows.shape[0], _BLOCK_ROWS)]
+        rows = shard_matrix(corpus, number)
+        found += [nearest(rows[at : at + BLOCK_ROWS]) for at in range(0, rows.shape[0], BLOCK_ROWS)]
     return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
 
@@ -158,7 +249,7 @@ def _say_if_fewer(made: int, n_clusters: int, rows: int) -> None:
         logger.warning(message, made, n_clusters, rows)
 
 
-def _unit_rows(rows: npt.NDArray[np.floating[Any]]) -> Floats:
+def unit_rows(rows: npt.NDArray[np.floating[Any]]) -> Floats:
     """Rows scaled to length 1; rows of zeros stay."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return (rows / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)

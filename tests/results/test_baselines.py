@@ -97,8 +97,8 @@ def test_above_max_rows_a_sample_is_fitted_and_all_are_assigned(
 ) -> None:
     corpus, labels = sparse
     fitted = []
-    gather = baselines._gather
-    monkeypatch.setattr(baselines, "_gather", lambda *given: fitted.append(gather(*given)) or fitted[0])
+    gather = baselines.gather
+    monkeypatch.setattr(baselines, "gather", lambda *given: fitted.append(gather(*given)) or fitted[0])
     found = corpus_baselines(corpus, 4, seed=0, max_rows=300)
     assert fitted[0].shape == (300, corpus.n_features)
     for name in NAMES:
@@ -107,22 +107,22 @@ def test_above_max_rows_a_sample_is_fitted_and_all_are_assigned(
 
 
 def test_the_sample_is_even_and_without_repeats() -> None:
-    drawn = baselines._evenly_drawn(10_007, 1_000, seed=0)
+    drawn = baselines.evenly_drawn(10_007, 1_000, seed=0)
     assert len(np.unique(drawn)) == 1_000
     assert (np.diff(drawn) > 0).all()
     # a file sorted by class gives each tenth of it a tenth of the sample
     assert np.abs(np.bincount(drawn * 10 // 10_007, minlength=10) - 100).max() <= 1
-    assert not np.array_equal(drawn, baselines._evenly_drawn(10_007, 1_000, seed=1))
-    assert np.array_equal(baselines._evenly_drawn(5, 5, seed=0), np.arange(5))
-    assert (baselines._evenly_drawn(6, 5, seed=0) < 6).all()
+    assert not np.array_equal(drawn, baselines.evenly_drawn(10_007, 1_000, seed=1))
+    assert np.array_equal(baselines.evenly_drawn(5, 5, seed=0), np.arange(5))
+    assert (baselines.evenly_drawn(6, 5, seed=0) < 6).all()
 
 
 def test_gathered_rows_are_the_rows(sparse: tuple[Corpus, np.ndarray]) -> None:
     corpus, _ = sparse
-    whole = baselines._gather(corpus, np.arange(corpus.n_rows)).toarray()
+    whole = baselines.gather(corpus, np.arange(corpus.n_rows)).toarray()
     some = np.array([0, 3, 499, 500, 501, 1_199])
-    assert np.array_equal(baselines._gather(corpus, some).toarray(), whole[some])
-    assert np.array_equal(baselines._gather(corpus, some[4:5]).toarray(), whole[some[4:5]])
+    assert np.array_equal(baselines.gather(corpus, some).toarray(), whole[some])
+    assert np.array_equal(baselines.gather(corpus, some[4:5]).toarray(), whole[some[4:5]])
     expected, _ = topics(1_200, 120, 4, seed=0)
     assert np.array_equal(whole, expected.toarray())
 
