@@ -1,99 +1,420 @@
-"""Tables of results over seeds: `python -m jobs.paper_tables builtin --seeds 5 --out docs/results.md`.
+"""The tables of the papers, and our own: `python -m jobs.paper_tables builtin --out docs/results.md`.
 
-Every cell is a run of its own under `--runs`, one Ray task with one thread; a cell that is finished is not
-run again. Runs are tracked in MLflow under the experiment of the table's name.
+A table is a YAML file of `jobs/tables/`. Each cell (a row, a protocol, a seed) is a run of its own below
+`--runs` and in MLflow, one Ray task with one thread. A cell that is finished is never run again, one that
+failed is named with its reason and tried again when the command is given again, and the others go on. The
+documents of a table are prepared once for each way of preparing them. `--no-run` only writes what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import logging
 import os
 import platform
+import re
 import statistics
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-RECIPES = ("damic", "damic-text", "dmae-text", "dmae-text-mahalanobis")
+from distclust.config import from_dict, to_dict
+from distclust.corpus.shards import Corpus
+from distclust.errors import ConfigError, DistclustError
+from distclust.results.evaluate import class_numbers
+from distclust.run import is_finished, prepare_run, train_run
+from distclust.run_folder import write_json
+from jobs._tables import (
+    FAILED,
+    MACHINE,
+    PROTOCOLS,
+    Cell,
+    Line,
+    Table,
+    corpus_folder,
+    load_table,
+    plan,
+    read_cells,
+    table_names,
+)
+
 SCORES = ("nmi_geometric", "nmi_arithmetic", "ari", "acc")
-HEADER = "| method | NMI (geometric) | NMI (arithmetic) | ARI | ACC | largest cluster |"
+PAIRED_SCORE = "nmi_arithmetic"
 
 
-def run_cell(recipe: str, seed: int, runs: str) -> dict[str, Any]:
-    """One training; returns its summary."""
+# ---- run
+
+
+def run_cell(config: dict[str, Any], folder: str, corpus: str, not_prepared: str | None = None) -> str | None:
+    """One run, from wherever its folder stands; why it failed, or None. Never raises."""
+    here = Path(folder)
+    try:
+        if not_prepared is not None:
+            raise DistclustError(not_prepared)
+        here.mkdir(parents=True, exist_ok=True)
+        (here / FAILED).unlink(missing_ok=True)
+        parsed = from_dict(config)
+        write_json(here / MACHINE, {"words": _machine(parsed.cluster.gpus_per_worker)})
+        train_run(parsed, here, corpus_root=corpus)
+    except Exception as error:  # whatever it is, the other cells go on
+        reason = f"{type(error).__name__}: {error}"
+        _remember(here, reason)
+        return reason
+    return None
+
+
+def prepare_cell(
+    config: dict[str, Any], corpus: str, documents: dict[str, Any] | None = None, text_corpus: str = ""
+) -> str | None:
+    """Prepare the rows of a cell, and before them the documents whose singular directions they are.
+
+    Returns:
+        Why they could not be prepared, or None. Never raises.
+    """
+    try:
+        parsed = from_dict(config)
+        if documents is not None and not Path(parsed.source.files[0]).exists():
+            prepare_run(from_dict(documents), text_corpus)
+            _write_directions(text_corpus, Path(parsed.source.files[0]))
+        prepare_run(parsed, corpus)
+    except Exception as error:  # the cells that need them say so
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _write_directions(text_corpus: str, path: Path) -> None:
+    """LSA of a prepared corpus as an npz file of rows x and labels y; its name says how many directions."""
+    import numpy as np
+    from scipy.sparse import csr_matrix, vstack
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.preprocessing import normalize
+
+    corpus = Corpus.open(text_corpus)
+    shards = [corpus.shard(number) for number in range(len(corpus.shard_rows))]
+    width = corpus.n_features
+    rows = vstack([csr_matrix((s.values, s.indices, s.offsets), (s.n_rows, width)) for s in shards])
+    directions = int(path.stem.rpartition("lsa")[2])
+    x = normalize(TruncatedSVD(directions, random_state=0).fit_transform(rows)).astype(np.float32)
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        np.savez(partial, x=x, y=class_numbers(corpus))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _remember(folder: Path, reason: str) -> None:
+    with contextlib.suppress(OSError, ConfigError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FAILED, {"reason": reason})
+
+
+def _machine(gpus: int) -> str:
+    words = f"{datetime.date.today()} on {os.cpu_count()} cores ({platform.machine()})"
+    if not gpus:
+        return f"{words}, no GPU"
     import torch
 
-    from distclust.config import load_recipe
-    from distclust.run import train_run
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU asked for, none seen"
+    return f"{words}, {name}"
+
+
+def _one_thread(config: dict[str, Any], folder: str, corpus: str, not_prepared: str | None) -> str | None:
+    import torch
 
     torch.set_num_threads(1)
-    overrides = [f"seed={seed}", "cluster.workers=0", "tracking.experiment=table-builtin"]
-    return train_run(load_recipe(recipe, overrides), Path(runs) / f"{recipe}-{seed}")
+    return run_cell(config, folder, corpus, not_prepared)
 
 
-def line(name: str, rows: list[dict[str, Any]], share: str = "") -> str:
-    """A row of the table: mean ± population standard deviation over seeds."""
-    cells = [
-        f"{statistics.mean(v):.3f} ± {statistics.pstdev(v):.3f}"
-        for v in ([r[s] for r in rows] for s in SCORES)
-    ]
-    return f"| {name} | {' | '.join(cells)} | {share} |"
-
-
-def table(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """The table in Markdown, methods first, then the baselines of the text recipe's runs."""
-    lines = [HEADER, "|---|---|---|---|---|---|"]
-    for recipe, rows in cells.items():
-        largest = [max(c["share"] for c in r["clusters"]) for r in rows]
-        lines.append(line(f"**{recipe}**", rows, f"{statistics.mean(largest):.2f}"))
-    for recipe in ("damic-text", "damic"):
-        for name in cells[recipe][0]["baselines"] if recipe in cells else ():
-            if recipe == "damic" and not name.startswith(("AE", "gate")):
-                continue  # the same rows, the same k-means
-            label = name if recipe == "damic-text" else f"{name} (of `damic`: raw codes, its own autoencoder)"
-            lines.append(line(label, [r["baselines"][name] for r in cells[recipe]]))
-    return lines
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", choices=["builtin"])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--runs", default="runs/table-builtin")
-    parser.add_argument(
-        "--out", default=None, help="write the table between the markers of this Markdown file"
-    )
-    options = parser.parse_args()
+def run_cells(cells: Sequence[Cell]) -> dict[Path, str]:
+    """Run what is not finished, as Ray tasks; why cells failed, by folder."""
     import ray
 
+    waiting = [cell for cell in cells if not is_finished(cell.folder)]
+    if not waiting:
+        return {}
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), logging_level="warning", log_to_driver=False)
-    task = ray.remote(num_cpus=1)(run_cell)
-    runs = str(Path(options.runs).absolute())
-    asked = {r: [task.remote(r, seed, runs) for seed in range(options.seeds)] for r in RECIPES}
-    cells = {recipe: ray.get(refs) for recipe, refs in asked.items()}
-    seconds = {
-        r: statistics.median(sum(row["seconds"].get("train", 0) for row in [x]) for x in rows)
-        for r, rows in cells.items()
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING, log_to_driver=False
+        )
+    found = int(ray.cluster_resources().get("GPU", 0))
+    failed: dict[Path, str] = {}
+    for cell in waiting:
+        if cell.config.cluster.gpus_per_worker > found:
+            asked = cell.config.cluster.gpus_per_worker
+            failed[cell.folder] = f"asks for {asked} GPU and this cluster has {found}; not started"
+            _say(f"{cell.folder.name}: {failed[cell.folder]}")
+    waiting = [cell for cell in waiting if cell.folder not in failed]
+    # a task that took its process with it is named, not run over and over
+    prepare = ray.remote(num_cpus=1, max_retries=0)(prepare_cell)
+    train = ray.remote(num_cpus=1, max_retries=0)(_one_thread)
+    prepared: dict[Path, Any] = {}
+    refs: dict[Any, Cell] = {}
+    for cell in waiting:
+        config = to_dict(cell.config)
+        if cell.corpus not in prepared:
+            documents = None if cell.documents is None else to_dict(cell.documents)
+            text = (
+                "" if cell.documents is None else str(corpus_folder(cell.documents, cell.corpus.parents[1]))
+            )
+            prepared[cell.corpus] = prepare.remote(config, str(cell.corpus), documents, text)
+        task = train.options(num_gpus=cell.config.cluster.gpus_per_worker)
+        refs[task.remote(config, str(cell.folder), str(cell.corpus), prepared[cell.corpus])] = cell
+    for done, (cell, reason) in enumerate(_as_they_end(refs), start=1):
+        if reason is not None:
+            failed[cell.folder] = reason
+        _say(f"{done}/{len(waiting)} {cell.folder.name}: {'finished' if reason is None else reason}")
+    return failed
+
+
+def _as_they_end(refs: dict[Any, Cell]) -> Iterator[tuple[Cell, str | None]]:
+    import ray
+
+    left = list(refs)
+    while left:
+        (ref,), left = ray.wait(left, num_returns=1)
+        cell = refs[ref]
+        try:
+            yield cell, ray.get(ref)
+        except ray.exceptions.RayError as error:  # its process was killed, or its node is gone
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            _remember(cell.folder, reason)
+            yield cell, reason
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+# ---- Markdown
+
+
+def markdown(table: Table, protocol: str, seeds: int, lines: Sequence[Line]) -> str:
+    """The table with everything that is needed to read it."""
+    out = [table.words.strip()]
+    for section in table.sections:
+        rows = [line for line in lines if line.section is section]
+        head = f"**{section.title}.** " if section.title else ""
+        about = " ".join(part for part in (section.words.strip(), _documents(rows)) if part)
+        if head or about:
+            out += ["", (head + about).strip()]
+        out += ["", *_rows(table, protocol, seeds, rows)]
+        paired = _paired(table, rows, seeds)
+        if paired:
+            out += ["", *paired]
+    return "\n".join([*out, "", *_notes(table, protocol, seeds, lines)])
+
+
+def _documents(rows: Sequence[Line]) -> str:
+    found = {
+        (s["n_documents"], s["scored"], s["n_clusters"])
+        for line in rows
+        if line.row.baseline_of is None
+        for s in line.summaries.values()
     }
-    command = f"python -m jobs.paper_tables {options.table} --seeds {options.seeds}"
-    about = [
-        f"`{command}`, {datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}), no GPU; "
-        f"mean ± population standard deviation over {options.seeds} seeds, all documents scored.",
-        "Seconds of training, median, one thread each, two runs side by side: "
-        + ", ".join(f"{r} {s:.0f}" for r, s in seconds.items())
-        + ".",
+    return " ".join(f"Measured on {n:,} rows, {scored:,} scored, K = {k}." for n, scored, k in sorted(found))
+
+
+def _rows(table: Table, protocol: str, seeds: int, rows: Sequence[Line]) -> list[str]:
+    names = ["method", "seeds", "NMI (geometric)", "NMI (arithmetic)", "ARI", "ACC", "seconds"]
+    if table.published_nmi is not None:
+        names += [f"published NMI ({table.published_nmi})", "published ARI", "published ACC"]
+    out = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    for line in rows:
+        cells = [_plain(line.row.label), *_measured(line, protocol, seeds)]
+        if table.published_nmi is not None:
+            figures = line.row.published
+            shown = figures is not None and protocol in figures.protocols
+            for name in ("nmi", "ari", "acc"):
+                value = getattr(figures, name) if shown else None
+                cells.append("" if value is None else f"{value:.{table.published_digits}f}")
+        out.append(f"| {' | '.join(cells)} |")
+    return out
+
+
+def _measured(line: Line, protocol: str, seeds: int) -> list[str]:
+    found = [line.summaries[seed] for seed in sorted(line.summaries)]
+    if not found:
+        return ["0", _not_run(line, protocol), "", "", "", ""]
+    scores = [[s[name] for s in found if s[name] is not None] for name in SCORES]
+    seconds = [s["seconds"]["train"] for s in found if "train" in s["seconds"]]
+    return [
+        str(len(found)) if len(found) == seeds else f"{len(found)} of {seeds}",
+        *(_mean(values) for values in scores),
+        f"{statistics.median(seconds):.0f}" if seconds else "",
     ]
-    text = "\n".join([*table(cells), "", *about])
+
+
+def _not_run(line: Line, protocol: str) -> str:
+    if line.missing is not None:
+        return f"not run ({_short(line.missing)})"
+    if line.failures:
+        return f"failed: {_short(next(iter(line.failures.values())))}"
+    if line.row.baseline_of is not None:
+        return f"not run (comes with {_plain(line.row.baseline_of.row)})"
+    hours = line.row.hours.get(protocol)
+    return "not run" if hours is None else f"not run (about {hours:g} h)"
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return "no labels"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
+
+
+def _paired(table: Table, rows: Sequence[Line], seeds: int) -> list[str]:
+    """Each row's NMI less that of its reference on the same seed: the same autoencoder where there is one."""
+    out = []
+    by_label = {line.row.label: line for line in rows}
+    for line in rows:
+        name = line.row.paired_with or table.paired_with
+        if name is None or name == line.row.label or line.row.baseline_of is not None:
+            continue
+        own, other = True, by_label.get(name)
+        gains = []
+        for seed in range(seeds):
+            summary = line.summaries.get(seed)
+            if summary is None:
+                continue
+            reference = summary.get("baselines", {}).get(name)
+            if reference is None and other is not None:
+                own, reference = False, other.summaries.get(seed)
+            if reference is not None:
+                gains.append(summary[PAIRED_SCORE] - reference[PAIRED_SCORE])
+        if gains:
+            whose = f"{_plain(name)}{', of its own network' if own else ''}"
+            each = " ".join(f"{gain:+.3f}" for gain in gains)
+            out.append(f"| {_plain(line.row.label)} | {whose} | {each} | {statistics.mean(gains):+.3f} |")
+    if not out:
+        return []
+    return ["| method | less, in NMI (arithmetic) | per seed | mean |", "|---|---|---|---|", *out]
+
+
+def _notes(table: Table, protocol: str, seeds: int, lines: Sequence[Line]) -> list[str]:
+    general = table.protocols[protocol]
+    command = f"python -m jobs.paper_tables {table.name} --protocol {protocol} --seeds {seeds}"
+    machines = sorted(set().union(*(line.machines for line in lines)))
+    measured = f"measured {'; '.join(machines)}" if machines else "nothing of it is run yet"
+    notes = [
+        f"Protocol `{protocol}`: {general.words.strip()}",
+        f"`{command}`, {measured}; mean ± population standard deviation over seeds, every labelled row "
+        "scored after the last epoch; seconds: training with all its phases, median, one core a run.",
+    ]
+    if any(line.cells and not line.summaries for line in lines):
+        notes.append(f"Hours of what was not run are for one seed: {general.hours_from.strip()}")
+    if table.published_from:
+        notes.append(table.published_from.strip())
+    for line in lines:
+        for seed, reason in sorted(line.failures.items()) if line.summaries else ():
+            notes.append(f"{_plain(line.row.label)}, seed {seed}: {_short(reason)}")
+    return [f"* {note}" for note in notes]
+
+
+def _plain(text: str) -> str:
+    """Text that does not break a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _short(reason: str) -> str:
+    """A reason on one line, without the machine's folders."""
+    reason = _plain(re.sub(r"(?<![\w:/.~])/(?:[^\s/'\"]+/)+", "", reason))
+    return reason if len(reason) <= 200 else reason[:197] + "..."
+
+
+def write_between(path: Path, name: str, text: str, title: str) -> None:
+    """Put the text between the markers of `name`; where there are none, a section at the end is made."""
+    first, last = f"<!-- table {name} -->", f"<!-- end {name} -->"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    new = f"{first}\n{text}\n{last}"
+    before, found, rest = old.partition(first)
+    if not found:
+        whole = f"{old.rstrip()}\n\n## {title}\n\n{new}\n".lstrip()
+    else:
+        _, closed, after = rest.partition(last)
+        if not closed:
+            raise ConfigError(f"{path} has {first!r} without {last!r} behind it; put the second back")
+        whole = f"{before}{new}{after}"
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(whole, encoding="utf-8")
+    partial.replace(path)
+
+
+# ---- the command
+
+
+def listing(table: Table, protocol: str, lines: Sequence[Line]) -> list[str]:
+    """What `--list` prints of a table."""
+    out = [f"{table.name}: {table.title} ({protocol})"]
+    for line in lines:
+        if line.row.baseline_of is not None:
+            state = f"comes with {line.row.baseline_of.row}"
+        elif line.missing is not None:
+            state = line.missing
+        else:
+            failed = f", {len(line.failures)} failed" if line.failures else ""
+            hours = line.row.hours.get(protocol)
+            state = f"{len(line.summaries)} of {len(line.cells)} finished{failed}"
+            state += "" if hours is None else f", about {hours:g} h a seed"
+        title = f"{line.section.title}: " if line.section.title else ""
+        out.append(f"  {title}{line.row.label} [{line.row.method or 'baseline'}]: {state}")
+    return out
+
+
+def make(table: Table, options: argparse.Namespace) -> bool:
+    """Run and write one table; whether every cell asked for is finished."""
+    seeds = options.seeds or table.seeds
+    lines = plan(table, options.protocol, seeds, Path(options.runs).absolute())
+    read_cells(lines)
+    if options.list:
+        sys.stdout.write("\n".join(listing(table, options.protocol, lines)) + "\n")
+        return not any(line.missing and not line.missing.startswith("no ") for line in lines)
+    labels = [line.row.label for line in lines]
+    for name in options.only:
+        if name not in labels and options.table != "all":
+            raise ConfigError(f"--only {name!r} is no row of {table.name}; its rows: {', '.join(labels)}")
+    wanted = [line for line in lines if not options.only or line.row.label in options.only]
+    for line in wanted:
+        if line.missing is not None:
+            _say(f"{table.name}, {line.row.label}: {line.missing}; not run")
+    failed = {} if options.no_run else run_cells([cell for line in wanted for cell in line.cells])
+    read_cells(lines)
+    text = markdown(table, options.protocol, seeds, lines)
     if options.out is None:
         sys.stdout.write(text + "\n")
-        return
-    path = Path(options.out)
-    before, _, rest = path.read_text().partition("<!-- table builtin -->")
-    _, _, after = rest.partition("<!-- end -->")
-    path.write_text(f"{before}<!-- table builtin -->\n{text}\n<!-- end -->{after}")
+    else:
+        title = f"{table.title} ({options.protocol})"
+        write_between(Path(options.out), f"{table.name} {options.protocol}", text, title)
+    return not failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0 when all is well, 1 when a cell failed, 2 for a wrong table or option."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.paper_tables", description=__doc__)
+    parser.add_argument("table", help=f"a YAML file, all, or one of: {', '.join(table_names())}")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="cpu")
+    parser.add_argument("--seeds", type=int, help="seeds 0 to N-1; by default as many as the table says")
+    parser.add_argument("--runs", default="runs/tables", help="where runs and prepared documents are kept")
+    parser.add_argument("--out", help="write between the table's markers in this Markdown file")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="ROW", help="run this row; may be repeated"
+    )
+    parser.add_argument("--list", action="store_true", help="check the tables and say what is finished")
+    parser.add_argument("--no-run", action="store_true", help="only write what is finished")
+    options = parser.parse_args(arguments)
+    try:
+        names = table_names() if options.table == "all" else [options.table]
+        well = [make(load_table(name), options) for name in names]
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0 if all(well) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

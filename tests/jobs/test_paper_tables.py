@@ -1,0 +1,319 @@
+"""Tables of results: what a YAML file may say, cells that resume and fail, and the Markdown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distclust.config import to_dict
+from distclust.errors import ConfigError
+from jobs._tables import PROTOCOLS, Line, Table, load_table, merge_recipes, plan, read_cells, table_names
+from jobs.paper_tables import main, markdown, run_cell, write_between
+
+TINY = """
+title: A small table
+words: Stories of the built-in corpus.
+seeds: 2
+published_nmi: geometric
+published_digits: 2
+published_from: "Published: a paper."
+paired_with: AE (l2) + k-means
+recipe:
+  source: {name: builtin, limit: 300}
+  clusters: 3
+  vocabulary: {max_features: 100}
+  shards: {rows_per_shard: 64}
+  order: {lanes: 4, rows_per_lane: 16}
+  model: {hidden: [16], code_size: 4, gate_hidden: [8], expert_hidden: [8]}
+  initialise: {restarts: 1, sample: 200}
+  tracking: {enabled: false}
+protocols:
+  cpu: {words: one epoch in every phase., hours_from: a guess., epochs: {"*": 1}}
+  paper: {words: two in pretraining., hours_from: a guess., epochs: {pretrain: 2}, recipe: {clusters: 4}}
+rows:
+  - {label: one, method: damic-text, hours: {cpu: 0.5}, published: {nmi: 0.5, acc: 0.6}}
+  - {label: AE (l2) + k-means, baseline_of: {row: one, baseline: AE (l2) + k-means}}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def changed(path: Path, old: str, new: str) -> str:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return str(path)
+
+
+# ---- what a table may say
+
+
+def test_recipes_are_laid_over_each_other_key_by_key() -> None:
+    below = {"model": {"hidden": [1, 2], "tau": 1.0}, "clusters": 3}
+    above = {"model": {"hidden": [4]}, "source": {"name": "mnist"}}
+    merged = merge_recipes(below, above)
+    assert merged == {"model": {"hidden": [4], "tau": 1.0}, "clusters": 3, "source": {"name": "mnist"}}
+    assert below == {"model": {"hidden": [1, 2], "tau": 1.0}, "clusters": 3}
+
+
+def test_a_protocol_gives_its_epochs_to_the_phases_that_train(tiny: Path, tmp_path: Path) -> None:
+    table = load_table(str(tiny))
+    epochs = {}
+    for protocol in PROTOCOLS:
+        config = plan(table, protocol, 1, tmp_path)[0].cells[0].config
+        epochs[protocol] = {phase.name: phase.epochs for phase in config.phases}
+        assert config.clusters == (3 if protocol == "cpu" else 4)
+        assert config.tracking.experiment == "tiny" and config.cluster.workers == 0
+    assert epochs["cpu"] == {"pretrain": 1, "initialise": 0, "experts": 0, "gate": 1, "joint": 1}
+    assert epochs["paper"] == {"pretrain": 2, "initialise": 0, "experts": 0, "gate": 5, "joint": 12}
+
+
+def test_a_row_wins_over_the_protocol_and_documents_follow_the_seed(tiny: Path, tmp_path: Path) -> None:
+    changed(
+        tiny,
+        "method: damic-text,",
+        "method: damic-text, per_protocol: {cpu: {phases: {joint: {epochs: 7}}}},",
+    )
+    cells = plan(load_table(str(tiny)), "cpu", 2, tmp_path)[0].cells
+    assert [phase.epochs for phase in cells[0].config.phases if phase.name == "joint"] == [7]
+    assert [cell.config.seed for cell in cells] == [0, 1]
+    assert cells[0].corpus == cells[1].corpus and cells[0].folder != cells[1].folder
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("title:", "titel:", "unknown key 'titel'; did you mean 'title'"),
+        ("hours: {cpu", "hour: {cpu", "rows one: unknown key 'hour'; did you mean 'hours'"),
+        ("{nmi: 0.5", "{nmj: 0.5", "rows one.published: unknown key 'nmj'; did you mean 'nmi'"),
+        (
+            "hours_from: a guess., epochs: {pre",
+            "hour_from: a, epochs: {pre",
+            "protocol paper: unknown key 'hour_from'",
+        ),
+        ("hours: {cpu", "hours: {cpi", "protocol 'cpi'; did you mean 'cpu'"),
+        ("{row: one", "{row: onee", "baseline_of.row is 'onee'; did you mean 'one'"),
+        ("method: damic-text, ", "", "needs a method or baseline_of"),
+        ("label: AE (l2) + k-means, baseline_of", "label: One, baseline_of", "rename one"),
+        ("seeds: 2", "seeds: many", "seeds"),
+    ],
+)
+def test_what_a_table_may_not_say(tiny: Path, old: str, new: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_table(changed(tiny, old, new))
+    assert said in str(error.value)
+
+
+def test_a_wrong_recipe_and_a_method_that_is_not_there_are_told_apart(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = changed(tiny, "method: damic-text", "method: of-tomorrow")
+    assert main([path, "--list", "--runs", str(tmp_path)]) == 0
+    assert "one [of-tomorrow]: no method 'of-tomorrow' yet" in capsys.readouterr().out
+    assert main([path, "--runs", str(tmp_path)]) == 0
+    assert "| one | 0 | not run (no method 'of-tomorrow' yet) |" in capsys.readouterr().out
+    changed(tiny, "method: of-tomorrow", "method: damic-text")
+    path = changed(tiny, "model: {hidden", "model: {hiden")
+    assert main([path, "--list", "--runs", str(tmp_path)]) == 1
+    assert "unknown key 'model.hiden'; did you mean 'hidden'" in capsys.readouterr().out
+
+
+def test_a_table_or_row_that_is_not_there_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["builtim"]) == 2
+    assert "no table 'builtim'; did you mean 'builtin'" in capsys.readouterr().err
+    assert main([str(tiny), "--only", "ones", "--no-run"]) == 2
+    assert "--only 'ones' is no row of tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", table_names())
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_table_resolves_for_the_methods_and_documents_that_exist(
+    name: str, protocol: str, tmp_path: Path
+) -> None:
+    table = load_table(name)
+    for line in plan(table, protocol, 1, tmp_path):
+        assert line.missing is None or line.missing.startswith(("no method", "no data set")), line.missing
+        assert line.row.baseline_of is not None or line.missing is not None or len(line.cells) == 1
+        assert line.row.method is None or protocol in line.row.hours, f"{line.row.label} says no hours"
+
+
+# ---- cells
+
+
+def run_all(lines: list[Line]) -> dict[tuple[str, int], str | None]:
+    return {
+        (line.row.label, cell.seed): run_cell(to_dict(cell.config), str(cell.folder), str(cell.corpus))
+        for line in lines
+        for cell in line.cells
+    }
+
+
+def stamps(root: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in [root, *sorted(root.rglob("*"))]}
+
+
+def test_finished_cells_stay_failed_ones_are_named_and_tried_again(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = tmp_path / "late.jsonl"
+    late = f"- {{label: late, method: damic-text, recipe: {{source: {{name: files, files: [{documents}]}}}}}}"
+    path = changed(tiny, "  - {label: one", f"  {late}\n  - {{label: one")
+    runs = tmp_path / "runs"
+    lines = plan(load_table(path), "cpu", 1, runs)
+    reasons = run_all(lines)
+    assert reasons["one", 0] is None
+    assert "late.jsonl was not found" in str(reasons["late", 0])
+
+    read_cells(lines)
+    first, second, third = lines
+    assert first.summaries == {} and "late.jsonl was not found" in first.failures[0]
+    assert second.failures == {} and 0 <= second.summaries[0]["nmi_geometric"] <= 1
+    assert third.summaries[0]["acc"] == second.summaries[0]["baselines"]["AE (l2) + k-means"]["acc"]
+    assert main([path, "--seeds", "1", "--runs", str(runs), "--no-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "| late | 0 | failed: DataError:" in shown and str(tmp_path) not in shown
+
+    stories = ("grain wheat corn", "bank money rates", "ship port oil")
+    rows = [{"text": f"{stories[n % 3]} word{n}", "label": f"class {n % 3}"} for n in range(60)]
+    documents.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    before = stamps(second.cells[0].folder)
+    (cell,) = first.cells
+    assert run_cell(to_dict(cell.config), str(cell.folder), str(cell.corpus)) is None
+    read_cells(lines)
+    assert first.failures == {} and first.summaries[0]["n_documents"] == 60
+    # every cell is finished: the command only reads
+    assert main([path, "--seeds", "1", "--runs", str(runs)]) == 0
+    assert stamps(second.cells[0].folder) == before
+
+    # a finished cell of other settings is neither shown nor run again
+    changed(tiny, "hidden: [16]", "hidden: [17]")
+    lines = plan(load_table(path), "cpu", 1, runs)
+    read_cells(lines)
+    assert lines[1].summaries == {}
+    assert "finished with other settings (model.hidden[0]: 16 there, 17 asked)" in lines[1].failures[0]
+    assert main([path, "--seeds", "1", "--runs", str(runs)]) == 0
+    assert stamps(second.cells[0].folder) == before
+
+
+@pytest.mark.slow
+def test_the_command_runs_rows_and_seeds_as_tasks_and_goes_on_after_a_failure(
+    tiny: Path, tmp_path: Path
+) -> None:
+    changed(tiny, "  tracking: {enabled: false}\n", "")
+    broken = "- {label: broken, method: damic-text, recipe: {clusters: 299, source: {limit: 200}}}"
+    path = changed(tiny, "  - {label: one", f"  {broken}\n  - {{label: one")
+    runs, out = tmp_path / "runs", tmp_path / "results.md"
+    asked = [path, "--runs", str(runs), "--out", str(out)]
+    assert main(asked) == 1
+    text = out.read_text()
+    assert "| one | 2 | 0." in text
+    assert "| broken | 0 | failed: DataError: " in text
+    before = stamps(runs / "tiny" / "cpu-one-0") | stamps(runs / "tiny" / "cpu-one-1")
+    assert len(list((runs / "corpora").iterdir())) == 2
+
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{runs / 'tiny' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    names = {run.info.run_name for run in client.search_runs([experiment.experiment_id])}
+    assert {"cpu-one-0", "cpu-one-1"} <= names
+
+    assert main([*asked, "--only", "one"]) == 0
+    assert out.read_text() == text
+    assert main(asked) == 1
+    assert stamps(runs / "tiny" / "cpu-one-0") | stamps(runs / "tiny" / "cpu-one-1") == before
+
+
+# ---- Markdown
+
+
+def summary(nmi: float, seconds: float, reference: float | None = None) -> dict[str, Any]:
+    scores = {"nmi_geometric": nmi + 0.01, "nmi_arithmetic": nmi, "ari": nmi / 2, "acc": nmi + 0.1}
+    baselines = {}
+    if reference is not None:
+        baselines["AE (l2) + k-means"] = dict.fromkeys(scores, reference)
+    sizes = {"n_documents": 7160, "scored": 7000, "n_clusters": 9}
+    return scores | sizes | {"baselines": baselines, "seconds": {"train": seconds, "start": 1.0}}
+
+
+def written(table: Table, protocol: str, tmp_path: Path) -> str:
+    one, baseline = plan(table, protocol, 2, tmp_path)
+    one.summaries = {0: summary(0.5, 10.0, 0.45), 1: summary(0.6, 20.0, 0.61)}
+    one.machines = {"2026-01-02 on 2 cores (x86_64), no GPU"}
+    baseline.summaries = {0: {**summary(0.4, 0.0), "seconds": {}}}
+    baseline.failures = {1: "a | reason\nof two lines"}
+    return markdown(table, protocol, 2, [one, baseline])
+
+
+TEXT = """\
+Stories of the built-in corpus.
+
+Measured on 7,160 rows, 7,000 scored, K = 9.
+
+| method | seeds | NMI (geometric) | NMI (arithmetic) | ARI | ACC | seconds | published NMI (geometric) | published ARI | published ACC |
+|---|---|---|---|---|---|---|---|---|---|
+| one | 2 | 0.560 ± 0.050 | 0.550 ± 0.050 | 0.275 ± 0.025 | 0.650 ± 0.050 | 15 | 0.50 |  | 0.60 |
+| AE (l2) + k-means | 1 of 2 | 0.410 | 0.400 | 0.200 | 0.500 |  |  |  |  |
+
+| method | less, in NMI (arithmetic) | per seed | mean |
+|---|---|---|---|
+| one | AE (l2) + k-means, of its own network | +0.050 -0.010 | +0.020 |
+
+* Protocol `paper`: two in pretraining.
+* `python -m jobs.paper_tables tiny --protocol paper --seeds 2`, measured 2026-01-02 on 2 cores (x86_64), no GPU; mean ± \
+population standard deviation over seeds, every labelled row scored after the last epoch; seconds: training with all its \
+phases, median, one core a run.
+* Published: a paper.
+* AE (l2) + k-means, seed 1: a \\| reason of two lines"""  # noqa: E501
+
+
+def test_the_text_of_a_table(tiny: Path, tmp_path: Path) -> None:
+    assert written(load_table(str(tiny)), "paper", tmp_path) == TEXT
+
+
+def test_published_figures_stand_only_beside_their_own_protocol(tiny: Path, tmp_path: Path) -> None:
+    assert "| 15 |  |  |  |" in written(load_table(str(tiny)), "cpu", tmp_path)
+
+
+def test_a_row_that_was_not_run_has_hours_and_no_figure(tiny: Path, tmp_path: Path) -> None:
+    table = load_table(str(tiny))
+    text = markdown(table, "cpu", 2, plan(table, "cpu", 2, tmp_path))
+    assert "| one | 0 | not run (about 0.5 h) |  |  |  |  |  |  |  |" in text
+    assert "| AE (l2) + k-means | 0 | not run (comes with one) |" in text
+    assert "nothing of it is run yet" in text
+    assert "* Hours of what was not run are for one seed: a guess." in text
+    assert "±" not in text.split("* Protocol")[0]
+
+
+def test_differences_are_taken_to_a_row_where_a_run_has_no_such_baseline(tiny: Path, tmp_path: Path) -> None:
+    table = load_table(str(tiny))
+    one, other = plan(table, "cpu", 3, tmp_path)
+    one.summaries = {0: summary(0.5, 1.0), 2: summary(0.7, 1.0)}
+    other.summaries = {0: summary(0.4, 1.0), 1: summary(0.1, 1.0), 2: summary(0.3, 1.0)}
+    text = markdown(table, "cpu", 3, [one, other])
+    assert "| one | AE (l2) + k-means | +0.100 +0.400 | +0.250 |" in text
+
+
+def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "results.md"
+    path.write_text("# Results\n\nBefore.\n")
+    write_between(path, "a cpu", "first", "A")
+    write_between(path, "b cpu", "second", "B")
+    write_between(path, "a cpu", "third", "A")
+    assert path.read_text() == (
+        "# Results\n\nBefore.\n\n## A\n\n<!-- table a cpu -->\nthird\n<!-- end a cpu -->\n"
+        "\n## B\n\n<!-- table b cpu -->\nsecond\n<!-- end b cpu -->\n"
+    )
+    path.write_text("<!-- table a cpu -->\nno end")
+    with pytest.raises(ConfigError, match="without"):
+        write_between(path, "a cpu", "fourth", "A")
+    assert path.read_text() == "<!-- table a cpu -->\nno end"
