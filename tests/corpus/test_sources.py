@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import sparse
 
-from distclust.corpus import named, readers
+from distclust.corpus import named, readers, sources
 from distclust.corpus.sources import SourceConfig, open_source
 from distclust.errors import DataError
 
@@ -160,6 +160,8 @@ def test_colour_images_become_rows_of_channels_lines_and_columns(tmp_path: Path)
     rows = np.array(read_all(files(tmp_path / "c.npz"))["values"].to_pylist())
     for c, h, w in [(0, 0, 0), (0, 0, 4), (1, 2, 3), (2, 3, 4)]:
         np.testing.assert_array_equal(rows[:, (c * 4 + h) * 5 + w], x[:, h, w, c])
+    in_file_order = sources._fingerprint([str(tmp_path / "c.npz")], source.layout, None, None)
+    assert source.fingerprint != in_file_order, "a corpus of channels last is told from one of channels first"
     np.savez(tmp_path / "f.npz", x=np.moveaxis(x, 3, 1))
     with pytest.raises(DataError, match=r"channels first; expected \(n, height, width, channels\)"):
         open_source(files(tmp_path / "f.npz"))
@@ -228,6 +230,12 @@ def test_the_fingerprint_is_of_content_and_reading_not_of_place(tmp_path: Path) 
     changed = TEXT.set_column(1, "text", pa.array([f"other {i}" for i in range(N)]))
     write(tmp_path / "b/t.parquet", changed)
     assert open_source(files(tmp_path / "b/t.parquet")).fingerprint != one
+
+
+def test_a_source_stays_the_one_it_was() -> None:
+    """Corpora prepared earlier carry this; a change that is meant is a new fingerprint here."""
+    found = open_source(SourceConfig()).fingerprint
+    assert found == "addfb38d347f1895c99de01a12c3ff31cdcee877e8b9f75cbfc44ceaccd5bc44"
 
 
 # ---- named sets
