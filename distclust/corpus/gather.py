@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -35,11 +35,12 @@ class Mapped:
 
     The rows asked for are grouped by shard and copied shard by shard into one scratch buffer, then put into
     the order asked for: a row is copied twice, the second time from the caches, and each shard is visited
-    once. Only the shards that the last call used stay open.
+    once. Only the shards that the last call used stay open; ``on_open`` is told of each that is opened.
     """
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: Corpus, on_open: Callable[[int], None] = lambda number: None) -> None:
         self.corpus = corpus
+        self._on_open = on_open
         self._open: dict[int, ShardRows] = {}
         self._scratch, self._final = Buffers(), Buffers()
 
@@ -54,7 +55,12 @@ class Mapped:
             shards, places = shards[by_shard], places[by_shard]
         starts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
         groups = [(int(shards[a]), places[a:b].astype(np.int32)) for a, b in pairwise(starts) if a < b]
-        self._open = {n: self._open.get(n) or self.corpus.shard(n) for n, _ in groups}
+        held, self._open = self._open, {}
+        for number, _ in groups:
+            if number not in held:
+                self._on_open(number)
+            self._open[number] = held.get(number) or self.corpus.shard(number)
+        del held  # before room is made for the batch
         if self.corpus.kind == "dense":
             return self._gather_dense(groups, by_shard, len(rows))
         if by_shard is None:
@@ -72,7 +78,7 @@ class Mapped:
         for number, places in groups:
             bounds = self._open[number].offsets
             assert bounds is not None
-            np.subtract(bounds[places + 1], bounds[places], out=lengths[at : at + len(places)])
+            np.subtract(bounds[1:].take(places), bounds.take(places), out=lengths[at : at + len(places)])
             at += len(places)
         out = _empty_rows(lengths, buffers)
         assert out.offsets is not None
@@ -107,32 +113,18 @@ class Mapped:
 
 
 class Resident:
-    """All rows of a corpus in memory, on the device when it is not the CPU.
+    """All rows of a corpus in the host's memory.
 
     Raises:
         DataError: a sparse corpus has 2**31 non-zeros or more.
     """
 
-    def __init__(self, corpus: Corpus, device: torch.device) -> None:
-        self.device = device
-        self.on_device = device.type != "cpu"
+    def __init__(self, corpus: Corpus) -> None:
         self._buffers = Buffers()
         self._host = _read_all(corpus)
-        if self.on_device:
-            offsets, indices, values = self._host
-            self._indices = None if indices is None else torch.from_numpy(indices).to(device)
-            self._values = torch.from_numpy(values).to(device)
-            self._host = Rows(offsets, None, np.empty(0, np.float32))  # row bounds are wanted on the host
-
-    @staticmethod
-    def bytes_of(corpus: Corpus) -> int:
-        """What the rows of a corpus take in memory."""
-        if corpus.kind == "dense":
-            return 4 * corpus.n_rows * corpus.n_features
-        return 8 * corpus.manifest.n_nonzeros + 4 * (corpus.n_rows + 1)
 
     def gather(self, rows: NDArray[np.int64]) -> Rows:
-        """The global rows (n,) in the order given, on the host."""
+        """The global rows (n,) in the order given."""
         if self._host.offsets is None:
             width = self._host.values.shape[1]
             out = self._buffers.lease(4 * len(rows) * width).view(np.float32).reshape(len(rows), width)
@@ -140,16 +132,49 @@ class Resident:
             return Rows(None, None, out)
         return take_rows(self._host, rows.astype(np.int32), self._buffers)
 
-    def gather_on_device(self, rows: NDArray[np.int64]) -> tuple[Tensor | None, Tensor | None, Tensor]:
+
+class ResidentOnDevice:
+    """All rows of a corpus in the device's memory, where they are gathered too.
+
+    Shards are copied one after another: the host never holds more than one of them, and keeps the bounds of
+    the rows, 8 bytes a row, so that the size of a batch is known without asking the device.
+    """
+
+    def __init__(self, corpus: Corpus, device: torch.device) -> None:
+        self.device = device
+        self._offsets: NDArray[np.int64] | None = None
+        self._indices: Tensor | None = None
+        if corpus.kind == "dense":
+            self._values = torch.empty(corpus.n_rows, corpus.n_features, device=device)
+        else:
+            self._offsets = np.zeros(corpus.n_rows + 1, np.int64)
+            self._indices = torch.empty(corpus.manifest.n_nonzeros, dtype=torch.int32, device=device)
+            self._values = torch.empty(corpus.manifest.n_nonzeros, device=device)
+        filled = 0
+        for number, row in enumerate(corpus.shard_starts[:-1].tolist()):
+            shard = corpus.shard(number)
+            values = shard.values if shard.dense is None else shard.dense
+            assert values is not None
+            span = slice(filled, filled + len(values))
+            self._values[span] = upload(values.copy(), device)  # torch wants writable memory
+            if shard.offsets is not None:
+                assert self._offsets is not None and self._indices is not None
+                self._offsets[row + 1 : row + shard.n_rows + 1] = shard.offsets[1:]
+                self._offsets[row + 1 : row + shard.n_rows + 1] += filled
+                assert shard.indices is not None
+                self._indices[span] = upload(shard.indices.copy(), device)
+            filled = span.stop
+
+    def gather(self, rows: NDArray[np.int64]) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """(n + 1,) offsets, (nnz,) indices and values, gathered on the device; dense: (n, D) values alone.
 
-        The sizes are known on the host, so nothing waits for the device.
+        Nothing waits for the device.
         """
-        if self._host.offsets is None:
+        if self._offsets is None:
             return None, None, self._values[upload(rows, self.device)]
         assert self._indices is not None
-        starts = self._host.offsets[rows].astype(np.int64)
-        lengths = self._host.offsets[rows + 1] - starts
+        starts = self._offsets[rows]
+        lengths = self._offsets[rows + 1] - starts
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         total = int(offsets[-1])
         _check_count(total)
@@ -157,6 +182,13 @@ class Resident:
         flat = torch.repeat_interleave(shift, upload(lengths, self.device), output_size=total)
         flat += torch.arange(total, device=self.device)
         return upload(offsets.astype(np.int32), self.device), self._indices[flat], self._values[flat]
+
+
+def bytes_of(corpus: Corpus) -> int:
+    """What the rows of a corpus take in memory."""
+    if corpus.kind == "dense":
+        return 4 * corpus.n_rows * corpus.n_features
+    return 8 * corpus.manifest.n_nonzeros + 4 * (corpus.n_rows + 1)
 
 
 class Buffers:

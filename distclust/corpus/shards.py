@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -292,7 +292,7 @@ class Corpus:
     A row number is a document's place in the concatenation of the shards in manifest order.
     """
 
-    def __init__(self, root: str, manifest: Manifest, cache_dir: str | None = None) -> None:
+    def __init__(self, root: str, manifest: Manifest, config: cache.CacheConfig | None = None) -> None:
         self.root = root
         self.manifest = manifest
         self.kind = manifest.kind
@@ -303,24 +303,28 @@ class Corpus:
             [np.zeros(1, np.int64), np.cumsum(self.shard_rows)]
         )
         self._real_root = os.path.realpath(root)
-        self._cache = cache.ShardCache(root, manifest.fingerprint, cache_dir) if cache.is_url(root) else None
+        self._cache = cache.ShardCache(root, manifest.fingerprint, config) if cache.is_url(root) else None
 
     @classmethod
     def open(
-        cls, root: str | os.PathLike[str], *, verify: bool = False, cache_dir: str | None = None
+        cls,
+        root: str | os.PathLike[str],
+        *,
+        verify: bool = False,
+        cache_config: cache.CacheConfig | None = None,
     ) -> Corpus:
         """Open the corpus at ``root``.
 
         Args:
             root: a folder, or an fsspec URL whose shards are copied to local disk on first use.
             verify: read and check every shard now, not when it is first used.
-            cache_dir: where remote shards are kept; default ``$DISTCLUST_CACHE`` or ``~/.cache/distclust``.
+            cache_config: where and how remote shards are kept.
 
         Raises:
             DataError: no corpus, a half-written one, a damaged manifest or shard (named).
         """
         text = os.fspath(root)
-        corpus = cls(text, Manifest.load(text), cache_dir)
+        corpus = cls(text, Manifest.load(text), cache_config)
         if corpus._cache is None:
             for info in corpus.manifest.shards:
                 corpus._local_path(info)
@@ -338,17 +342,48 @@ class Corpus:
             DataError: the file is missing, truncated or changed, or is no shard of this corpus.
         """
         info = self.manifest.shards[number]
-        path = self._local_path(info)
-        try:
-            _check_shard(path, os.stat(path).st_mtime_ns, info, self.kind, self.n_features)
-        except DataError as error:
-            if self._cache is None:
-                raise
-            log.warning("the local copy of a shard is damaged and is fetched again: %s", error)
+        for first in (True, False):
+            # Of a cached copy the open file, then the map that is made of it, holds the lock that keeps it.
+            with self._open_file(info) as file:
+                try:
+                    path, changed = file.name, os.fstat(file.fileno()).st_mtime_ns
+                    _check_shard(path, changed, info, self.kind, self.n_features)
+                    return ShardRows(_map_batch(file), self.kind, self.n_features, path)
+                except DataError as error:
+                    if self._cache is None or not first:
+                        raise
+                    log.warning("the local copy of a shard is damaged and is fetched again: %s", error)
             self._cache.discard(info.file)
-            path = self._local_path(info)
-            _check_shard(path, os.stat(path).st_mtime_ns, info, self.kind, self.n_features)
-        return ShardRows(_map_batch(path), self.kind, self.n_features, path)
+        raise AssertionError("the second pass returns or raises")
+
+    @property
+    def remote(self) -> bool:
+        """Whether shards are copied to this machine before they are mapped."""
+        return self._cache is not None
+
+    def fetch(self, number: int) -> None:
+        """Make a shard quick to open: copied to this machine, on its way into memory, checked.
+
+        Raises:
+            DataError: as :meth:`shard` does.
+        """
+        info = self.manifest.shards[number]
+        with self._open_file(info) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            changed = os.fstat(file.fileno()).st_mtime_ns
+            _check_shard(file.name, changed, info, self.kind, self.n_features)
+
+    @property
+    def room(self) -> int:
+        """How many shards of the largest size fit into the cache of a remote corpus."""
+        largest = max((info.bytes for info in self.manifest.shards), default=1)
+        return len(self.shard_rows) if self._cache is None else self._cache.config.max_bytes // largest
+
+    def _open_file(self, info: ShardInfo) -> BinaryIO:
+        if self._cache is not None:
+            return self._cache.open(info.file, info.bytes, info.sha256)
+        return open(self._local_path(info), "rb")
 
     def locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(n,) shard numbers and (n,) places in them of the rows (n,)."""
@@ -363,9 +398,7 @@ class Corpus:
             return None
 
     def _local_path(self, info: ShardInfo) -> str:
-        """Where the shard lies on this machine, with its size checked."""
-        if self._cache is not None:
-            return self._cache.path(info.file, info.bytes, info.sha256)
+        """Where the shard of a local corpus lies, with its size checked."""
         path = os.path.join(self.root, info.file)
         real = os.path.realpath(path)
         if os.path.commonpath([real, self._real_root]) != self._real_root:
@@ -393,9 +426,9 @@ def _check_shard(path: str, mtime_ns: int, info: ShardInfo, kind: str, n_feature
     """Hash the file and check its rows, once for each state of it (an exception is not remembered)."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != info.sha256:
-        raise DataError(f"the shard {path} has sha256 {digest}; expected {info.sha256}: {_DAMAGED}")
-    batch = _map_batch(path)
+        if digest != info.sha256:
+            raise DataError(f"the shard {path} has sha256 {digest}; expected {info.sha256}: {_DAMAGED}")
+        batch = _map_batch(file)
     _check_schema(batch.schema, corpus_schema(kind, n_features), path)
     try:
         batch.validate(full=True)  # bounds of every buffer and offset, before anything reads through them
@@ -425,19 +458,19 @@ def _check_schema(found: pa.Schema, wanted: pa.Schema, path: str) -> None:
         )
 
 
-def _map_batch(path: str) -> pa.RecordBatch:
+def _map_batch(file: BinaryIO) -> pa.RecordBatch:
     """The one record batch of a file, mapped.
 
     Its rows are read in random order, so the map is filled at once: a file that is not in memory is then read
     from end to end, and not page by page.
     """
+    path = file.name
     try:
-        with open(path, "rb") as file:
-            if hasattr(mmap, "MAP_POPULATE"):
-                flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-                mapping = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
-            else:
-                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MAP_POPULATE"):
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            mapping = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
+        else:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         reader = pa.ipc.open_file(pa.py_buffer(mapping))
         batches = [reader.get_batch(i) for i in range(min(2, reader.num_record_batches))]
     except (ValueError, OSError) as error:

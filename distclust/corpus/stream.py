@@ -1,11 +1,14 @@
 """Shards and order -> batches on the device.
 
 Three places for the data, one order: rows copied into the device's memory when they fit, shards mapped from
-local disk, and remote shards copied to local disk on first use. The batches are the same bit for bit.
+local disk, and remote shards copied to local disk. The batches are the same bit for bit.
 
 Mapped rows are gathered for several steps at once, and each batch is a slice of that: a step of 1,024 rows
 may touch 32 shards (8 lanes, windows of 4), which would cost more than the copying. Memory is a few buffers
 of ``CHUNK_BYTES`` whatever the corpus; the mapped pages belong to the operating system.
+
+Two things run ahead of the consumer: one thread makes the next batches, and others bring the shards of the
+next windows, at the end of an epoch those of the next epoch's first windows, to this machine and check them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -22,14 +26,47 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distclust.corpus.gather import Mapped, Resident, Rows, split_rows, upload
+from distclust.corpus.ahead import Ahead, shards_of_epoch, shards_of_scan
+from distclust.corpus.gather import Mapped, Resident, ResidentOnDevice, Rows, bytes_of, split_rows, upload
 from distclust.corpus.order import Order
 from distclust.corpus.shards import Corpus
 from distclust.errors import ConfigError, DataError
 
 T = TypeVar("T")
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
 """Rows gathered at once, in bytes: enough to spread the cost of touching a shard, yet few."""
+_RESIDENT_ON_CPU = 1 << 28
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamConfig:
+    """How batches get to the device. No field changes what is in them."""
+
+    prefetch: int = 2
+    """Batches made ahead by a thread; 0 makes each when it is asked for."""
+    resident_bytes: int | None = None
+    """A corpus of at most this size is copied into the device's memory once and gathered there; 0 never.
+    None is a rule: on a GPU ``resident_share`` of the memory that is free when the stream first reads, on the
+    CPU 256 MiB, since there mapped shards are in memory as well, once for all workers."""
+    resident_share: float = 0.5
+    """See ``resident_bytes``; the rest is for the model, its gradients and the batches."""
+    fetch_threads: int = 4
+    """Shards of a remote corpus that a worker fetches side by side, ahead of their use; 0 fetches each when
+    it is opened. Of a local corpus one thread reads and checks ahead."""
+
+    def __post_init__(self) -> None:
+        for name in ("prefetch", "resident_bytes", "fetch_threads"):
+            value = getattr(self, name)
+            if name == "resident_bytes" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(
+                    f"stream.{name} is {value!r}; expected a whole number, 0 or more: correct it."
+                )
+        if not 0 <= self.resident_share <= 1:
+            raise ConfigError(
+                f"stream.resident_share is {self.resident_share!r}; expected 0 to 1: correct it."
+            )
 
 
 class Batch(NamedTuple):
@@ -83,8 +120,7 @@ class Stream:
         order: which rows form a step; made for this corpus.
         lanes: the worker's lanes, ascending.
         device: where the tensors of a batch are.
-        prefetch: batches that a background thread prepares ahead; 0 prepares each when it is asked for.
-        resident_bytes: a corpus of at most this size is read into the device's memory once; 0 never does.
+        config: how they get there.
 
     Raises:
         ConfigError: the order is of another corpus, or the lanes are not ascending lanes of the order.
@@ -98,8 +134,7 @@ class Stream:
         order: Order,
         lanes: Sequence[int],
         device: str | torch.device = "cpu",
-        prefetch: int = 2,
-        resident_bytes: int = 1 << 28,
+        config: StreamConfig | None = None,
     ) -> None:
         if not np.array_equal(corpus.shard_rows, order.shard_rows):
             raise ConfigError(
@@ -112,16 +147,15 @@ class Stream:
             raise ConfigError(
                 f"lanes {self.lanes}; expected ascending numbers from 0 to {order.config.lanes - 1}."
             )
-        if prefetch < 0:
-            raise ConfigError(f"prefetch is {prefetch}; expected 0 or more: correct it.")
         self.corpus, self.order = corpus, order
         self.device = torch.device(device)
-        self.prefetch = prefetch
+        self.config = config or StreamConfig()
         self.waited_s = 0.0
         """Seconds that the consumer has waited for batches; the caller resets it."""
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._resident_bytes = resident_bytes
-        self._resident: Resident | None = None
+        self._resident: Resident | ResidentOnDevice | None = None
+        self._resident_limit: int | None = None
+        self._full_steps = min(order.lane_sizes) // order.config.rows_per_lane
         self._mapped = Mapped(corpus)
         self._lock = threading.RLock()
 
@@ -135,7 +169,7 @@ class Stream:
         """
         if not 0 <= start_step <= self.order.steps_per_epoch:
             raise ValueError(f"start step {start_step}; expected 0 to {self.order.steps_per_epoch}")
-        return self._deliver(self._epoch_chunks(epoch, start_step))
+        return self._deliver(self._epoch_chunks(epoch, start_step), lambda: self._ahead(epoch, start_step))
 
     def scan(self, rows_per_batch: int = 512) -> Generator[Batch]:
         """Each row of the worker's lanes once, in file order, lane after lane, the same in every epoch.
@@ -144,7 +178,7 @@ class Stream:
         """
         if rows_per_batch < 1:
             raise ValueError(f"{rows_per_batch} rows per batch; expected at least 1")
-        return self._deliver(self._scan_chunks(rows_per_batch))
+        return self._deliver(self._scan_chunks(rows_per_batch), lambda: self._ahead(None, 0))
 
     def gather(self, rows: NDArray[np.int64] | Sequence[int]) -> Batch:
         """A batch of arbitrary rows in the order given (repeats allowed); no lanes, position 0.
@@ -170,16 +204,42 @@ class Stream:
             stop = min(step + size, order.steps_per_epoch)
             slices = [order.lane_slice(epoch, lane, step * per_lane, stop * per_lane) for lane in self.lanes]
             chunk = []
-            for number in range(step, stop):
-                at = (number - step) * per_lane
-                parts = [rows[at : at + per_lane] for rows in slices]
-                rows = np.concatenate(parts) if parts else np.empty(0, np.int64)
-                lane_rows = tuple(len(part) for part in parts)
-                chunk.append(
-                    _Plan(epoch, number, order.rows_in_step(epoch, number), self.lanes, lane_rows, rows)
-                )
+            if stop <= self._full_steps and slices:  # every lane has all its rows in each of these steps
+                whole = np.stack(slices).reshape(len(slices), stop - step, per_lane).swapaxes(0, 1)
+                parts = whole.reshape(stop - step, -1)
+                in_step, lane_rows = order.config.lanes * per_lane, (per_lane,) * len(slices)
+                for number, rows in enumerate(parts, start=step):
+                    chunk.append(_Plan(epoch, number, in_step, self.lanes, lane_rows, rows))
+            else:
+                for number in range(step, stop):
+                    chunk.append(self._plan_short(epoch, number, slices, (number - step) * per_lane))
             yield chunk
             step, size = stop, min(size * 2, most)
+
+    def _plan_short(self, epoch: int, step: int, slices: list[NDArray[np.int64]], at: int) -> _Plan:
+        """The plan of a step in which a lane may have fewer rows, or none; its rows start at ``at``."""
+        parts = [rows[at : at + self.order.config.rows_per_lane] for rows in slices]
+        rows = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        in_step = self.order.rows_in_step(epoch, step)
+        return _Plan(epoch, step, in_step, self.lanes, tuple(len(part) for part in parts), rows)
+
+    def _ahead(self, epoch: int | None, start_step: int) -> Ahead | None:
+        """What brings shards to hand for an epoch and the start of the next, or (None) for a scan."""
+        if self._fits() or not self.config.fetch_threads:
+            return None
+        # An order of its own: planning the next epoch would replace the plan that batches are made from.
+        order = Order(self.order.shard_rows, self.order.config, self.order.seed)
+        then: Callable[[], Iterable[int]] = tuple
+        if epoch is None:
+            shards = shards_of_scan(order, self.lanes)
+        else:
+            following = epoch + 1
+            shards = shards_of_epoch(order, self.lanes, epoch, start_step * order.config.rows_per_lane)
+            then = lambda: shards_of_epoch(order, self.lanes, following)  # noqa: E731
+        # At most half of the cache: what runs ahead must not push out what is about to be read.
+        window = max(1, min(len(self.lanes) * order.config.window, self.corpus.room // 2))
+        threads = self.config.fetch_threads if self.corpus.remote else 1
+        return Ahead(self.corpus, shards, window, threads, then)
 
     def _scan_chunks(self, rows_per_batch: int) -> Iterator[list[_Plan]]:
         most = self._steps_per_chunk(rows_per_batch)
@@ -205,8 +265,8 @@ class Stream:
 
     def _batches(self, chunks: Iterable[list[_Plan]], mapped: Mapped) -> Iterator[_Sent]:
         resident = self._resident_rows()
-        on_device = resident if resident is not None and resident.on_device else None
-        on_host = resident or mapped
+        on_device = resident if isinstance(resident, ResidentOnDevice) else None
+        on_host = resident if isinstance(resident, Resident) else mapped
         for chunk in chunks:
             parts: Iterator[Rows] = iter(())
             if on_device is None:
@@ -215,7 +275,7 @@ class Stream:
             for plan in chunk:
                 # On a GPU everything is queued on a stream of its own, and the event says when it is done.
                 with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
-                    part = next(parts) if on_device is None else on_device.gather_on_device(plan.rows)
+                    part = next(parts) if on_device is None else on_device.gather(plan.rows)
                     offsets, indices, values = (upload(array, self.device) for array in part)
                     batch = Batch(*plan[:5], upload(plan.rows, self.device), offsets, indices, values)
                     done = None if self._copies is None else self._copies.record_event()
@@ -231,26 +291,57 @@ class Stream:
                     tensor.record_stream(current)
         return sent.batch
 
-    def _resident_rows(self) -> Resident | None:
+    def _fits(self) -> bool:
+        """Whether the corpus is to be resident. Decided once: a phase later less memory is free."""
         with self._lock:
-            if self._resident is None and 0 < Resident.bytes_of(self.corpus) <= self._resident_bytes:
-                self._resident = Resident(self.corpus, self.device)
+            if self._resident_limit is None:
+                limit = self.config.resident_bytes
+                if limit is None and self.device.type == "cuda":
+                    free, _ = torch.cuda.mem_get_info(self.device)
+                    limit = int(free * self.config.resident_share)
+                self._resident_limit = _RESIDENT_ON_CPU if limit is None else limit
+            return 0 < bytes_of(self.corpus) <= self._resident_limit
+
+    def _resident_rows(self) -> Resident | ResidentOnDevice | None:
+        with self._lock:
+            if self._resident is None and self._fits():
+                everything = range(len(self.corpus.shard_rows)) if self.corpus.remote else ()
+                ahead = Ahead(self.corpus, everything, self.corpus.room // 2, self.config.fetch_threads)
+                try:
+                    on_cpu = self.device.type == "cpu"
+                    self._resident = (
+                        Resident(self.corpus) if on_cpu else ResidentOnDevice(self.corpus, self.device)
+                    )
+                finally:
+                    ahead.close()
             return self._resident
 
     # The background thread ----------------------------------------------------------------------------------
 
-    def _deliver(self, chunks: Iterator[list[_Plan]]) -> Generator[Batch]:
-        if self.prefetch == 0:
-            source = self._batches(chunks, Mapped(self.corpus))
-            while (sent := self._timed(lambda: next(source, None))) is not None:
-                yield self._receive(sent)
-            return
-        ready: queue.Queue[_Sent | BaseException | None] = queue.Queue(self.prefetch)
+    def _deliver(
+        self, chunks: Iterator[list[_Plan]], look_ahead: Callable[[], Ahead | None]
+    ) -> Generator[Batch]:
+        ahead = look_ahead()
+        try:
+            mapped = Mapped(self.corpus) if ahead is None else Mapped(self.corpus, ahead.opened)
+            if self.config.prefetch == 0:
+                source = self._batches(chunks, mapped)
+                while (sent := self._timed(lambda: next(source, None))) is not None:
+                    yield self._receive(sent)
+            else:
+                yield from self._from_thread(chunks, mapped)
+        finally:
+            if ahead is not None:
+                ahead.close()
+
+    def _from_thread(self, chunks: Iterator[list[_Plan]], mapped: Mapped) -> Generator[Batch]:
+        """The batches, made by a thread that is at most ``prefetch`` of them ahead."""
+        ready: queue.Queue[_Sent | BaseException | None] = queue.Queue(self.config.prefetch)
         stop = threading.Event()
 
         def work() -> None:
             try:
-                for sent in self._batches(chunks, Mapped(self.corpus)):
+                for sent in self._batches(chunks, mapped):
                     ready.put(sent)
                     if stop.is_set():
                         return

@@ -529,6 +529,10 @@ def test_torn_manifests_are_refused(corpus: Corpus, text: str) -> None:
 # Remote shards ----------------------------------------------------------------------------------------------
 
 
+def at(folder: Path) -> cache.CacheConfig:
+    return cache.CacheConfig(folder=str(folder), backoff_s=0.01)
+
+
 @pytest.fixture
 def bucket() -> Iterator[str]:
     fs = fsspec.filesystem("memory")
@@ -540,7 +544,7 @@ def test_remote_corpora_are_written_and_read(bucket: str, tmp_path: Path) -> Non
     local = make_corpus(tmp_path / "local", [10, 0, 5])
     remote = make_corpus(bucket, [10, 0, 5])
     assert remote.manifest == local.manifest
-    cached = Corpus.open(bucket, cache_dir=str(tmp_path / "cache"))
+    cached = Corpus.open(bucket, cache_config=at(tmp_path / "cache"))
     np.testing.assert_array_equal(dense_rows(cached), dense_rows(local))
     assert cached.read_file("vocabulary.json") is None
     with pytest.raises(DataError, match="already holds a corpus"):
@@ -569,13 +573,13 @@ def test_each_remote_shard_is_fetched_once(
 
 def test_processes_of_one_machine_fetch_a_shard_once(bucket: str, tmp_path: Path) -> None:
     manifest = make_corpus(bucket, [9] * 10).manifest
-    caches = [cache.ShardCache(bucket, manifest.fingerprint, str(tmp_path)) for _ in range(6)]
+    caches = [cache.ShardCache(bucket, manifest.fingerprint, at(tmp_path)) for _ in range(6)]
     together = threading.Barrier(6)
 
     def fetch(one: cache.ShardCache) -> None:
         for info in manifest.shards:
             together.wait()
-            one.path(info.file, info.bytes, info.sha256)
+            one.open(info.file, info.bytes, info.sha256).close()
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # as if they ran at the same time
@@ -591,7 +595,7 @@ def test_a_damaged_copy_is_fetched_again(
     bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     corpus = make_corpus(bucket, [6])
-    corpus = Corpus.open(bucket, cache_dir=str(tmp_path))
+    corpus = Corpus.open(bucket, cache_config=at(tmp_path))
     corpus.shard(0)
     (copy,) = tmp_path.rglob("*.arrow")
     content = bytearray(copy.read_bytes())
@@ -613,7 +617,7 @@ def test_damaged_remote_shards_are_named_and_not_kept(bucket: str, tmp_path: Pat
     fs.rm(path)
     if damage != "missing":
         fs.pipe_file(path, content[:-1] + b"?" if damage == "changed" else content[:-1])
-    corpus = Corpus.open(bucket, cache_dir=str(tmp_path))
+    corpus = Corpus.open(bucket, cache_config=at(tmp_path))
     expected = "is missing" if damage == "missing" else "expected"
     with pytest.raises(DataError, match=f"memory://bucket/corpus/shard-00000.arrow .*{expected}"):
         corpus.shard(0)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from corpora import dense_rows, make_corpus
 from distclust.corpus import gather, stream
+from distclust.corpus.cache import CacheConfig
 from distclust.corpus.order import Order, OrderConfig, lanes_of_worker
 from distclust.corpus.shards import Corpus
-from distclust.corpus.stream import Batch, Stream
+from distclust.corpus.stream import Batch, Stream, StreamConfig
 from distclust.errors import ConfigError, DataError
 
 AWKWARD = {
@@ -31,6 +32,8 @@ AWKWARD = {
     "uneven": [1, 40, 2, 0, 17, 3],
 }
 PLACES = {"mapped": 0, "resident": 1 << 20}
+MAPPED = StreamConfig(resident_bytes=0)
+MAPPED_NOW = StreamConfig(prefetch=0, resident_bytes=0)
 
 
 def order_of(corpus: Corpus, lanes: int = 6, rows: int = 3, window: int = 2) -> Order:
@@ -73,7 +76,9 @@ def ids_by_step(corpus: Corpus, streams: Iterable[Stream], epoch: int, start: in
 def workers(corpus: Corpus, world: int, resident_bytes: int = 0, lanes: int = 6) -> list[Stream]:
     order = order_of(corpus, lanes)
     shares = [lanes_of_worker(rank, world, lanes) for rank in range(world)]
-    return [Stream(corpus, order, share, resident_bytes=resident_bytes) for share in shares]
+    return [
+        Stream(corpus, order, share, config=StreamConfig(resident_bytes=resident_bytes)) for share in shares
+    ]
 
 
 # The same rows, whoever asks --------------------------------------------------------------------------------
@@ -109,7 +114,7 @@ def test_batches_hold_the_rows_of_the_file(tmp_path: Path, shard_rows: list[int]
     expected = dense_rows(corpus)
     order = order_of(corpus)
     for resident_bytes in PLACES.values():
-        s = Stream(corpus, order, range(2, 6), resident_bytes=resident_bytes)
+        s = Stream(corpus, order, range(2, 6), config=StreamConfig(resident_bytes=resident_bytes))
         for step, batch in enumerate(s.epoch(3)):
             assert (batch.epoch, batch.step, batch.lanes) == (3, step, (2, 3, 4, 5))
             assert batch.rows_in_step == order.rows_in_step(3, step)
@@ -134,13 +139,18 @@ def test_every_path_gives_the_same_batches(
     """Mapped or resident, with or without a thread, gathered a step or many at a time: bit for bit."""
     corpus = make_corpus(tmp_path, [30, 1, 64, 0, 25], kind=kind)
     order = order_of(corpus)
-    expected = list(Stream(corpus, order, range(6), prefetch=0, resident_bytes=0).epoch(0))
-    scanned = list(Stream(corpus, order, range(6), prefetch=0, resident_bytes=0).scan(7))
+    expected = list(Stream(corpus, order, range(6), config=MAPPED_NOW).epoch(0))
+    scanned = list(Stream(corpus, order, range(6), config=MAPPED_NOW).scan(7))
     for chunk_bytes in (1, 2000, 1 << 22):
         monkeypatch.setattr(stream, "CHUNK_BYTES", chunk_bytes)
         for prefetch in (0, 1, 3):
             for resident_bytes in PLACES.values():
-                s = Stream(corpus, order, range(6), prefetch=prefetch, resident_bytes=resident_bytes)
+                s = Stream(
+                    corpus,
+                    order,
+                    range(6),
+                    config=StreamConfig(prefetch=prefetch, resident_bytes=resident_bytes),
+                )
                 assert_same(s.epoch(0), expected)
                 assert_same(s.scan(7), scanned)
 
@@ -149,29 +159,28 @@ def test_the_numpy_kernel_is_the_scipy_kernel(tmp_path: Path, monkeypatch: pytes
     corpus = make_corpus(tmp_path, [30, 1, 64, 0, 25])
     order = order_of(corpus)
     assert gather._csr_row_index is not None
-    expected = list(Stream(corpus, order, range(6), resident_bytes=0).epoch(0))
+    expected = list(Stream(corpus, order, range(6), config=MAPPED).epoch(0))
     monkeypatch.setattr(gather, "_csr_row_index", None)
-    assert_same(Stream(corpus, order, range(6), resident_bytes=0).epoch(0), expected)
+    assert_same(Stream(corpus, order, range(6), config=MAPPED).epoch(0), expected)
 
 
 def test_rows_gathered_on_the_device_are_the_same(tmp_path: Path) -> None:
     """The arithmetic of the GPU's resident path, run on the CPU."""
     for kind in ("sparse", "dense"):
         corpus = make_corpus(tmp_path / kind, [30, 1, 0, 25], kind=kind)
-        resident = gather.Resident(corpus, torch.device("cpu"))
-        offsets, indices, values = resident._host
-        resident._indices = None if indices is None else torch.from_numpy(indices)
-        resident._values = torch.from_numpy(values)
-        for rows in (np.array([5, 5, 55, 0, 31, 6]), np.empty(0, np.int64)):
-            for got, wanted in zip(resident.gather_on_device(rows), resident.gather(rows), strict=True):
-                assert got is wanted is None or np.array_equal(got.numpy(), wanted)
+        host, device = gather.Resident(corpus), gather.ResidentOnDevice(corpus, torch.device("cpu"))
+        for rows in (np.array([5, 5, 55, 0, 31, 6]), np.empty(0, np.int64), np.arange(56)):
+            for got, wanted in zip(device.gather(rows), host.gather(rows), strict=True):
+                assert got is wanted is None or (
+                    np.array_equal(got.numpy(), wanted) and got.numpy().dtype == wanted.dtype
+                )
 
 
 def test_batches_outlive_the_next_ones(tmp_path: Path) -> None:
     """Memory is used again only when nothing looks at it."""
     for kind in ("sparse", "dense"):
         corpus = make_corpus(tmp_path / kind, [200], kind=kind)
-        s = Stream(corpus, order_of(corpus), range(6), resident_bytes=0)
+        s = Stream(corpus, order_of(corpus), range(6), config=MAPPED)
         kept = [(batch, as_dense(batch, 50).copy()) for batch in s.epoch(0)]
         for _ in s.epoch(1):
             pass
@@ -182,7 +191,7 @@ def test_batches_outlive_the_next_ones(tmp_path: Path) -> None:
 def test_memory_of_dead_batches_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = make_corpus(tmp_path, [600])
     monkeypatch.setattr(stream, "CHUNK_BYTES", 1)
-    s = Stream(corpus, order_of(corpus), range(6), prefetch=0, resident_bytes=0)
+    s = Stream(corpus, order_of(corpus), range(6), config=MAPPED_NOW)
     places = {batch.indices.data_ptr() for batch in s.epoch(0) if batch.indices is not None}
     assert s.order.steps_per_epoch > 30
     assert len(places) < 10
@@ -194,13 +203,18 @@ def test_a_worker_without_rows_takes_every_step(tmp_path: Path) -> None:
     idle = next(lane for lane in range(8) if order.lane_sizes[lane] == 0)
     for resident_bytes in PLACES.values():
         for lanes in ([idle], []):
-            (batch,) = Stream(corpus, order, lanes, resident_bytes=resident_bytes).epoch(0)
+            (batch,) = Stream(corpus, order, lanes, config=StreamConfig(resident_bytes=resident_bytes)).epoch(
+                0
+            )
             assert batch.lane_rows == (0,) * len(lanes)
             assert batch.rows_in_step == 4
             assert batch.rows.shape == batch.values.shape == (0,)
             assert batch.offsets is not None
             assert batch.offsets.tolist() == [0]
-            assert list(Stream(corpus, order, lanes, resident_bytes=resident_bytes).scan()) == []
+            assert (
+                list(Stream(corpus, order, lanes, config=StreamConfig(resident_bytes=resident_bytes)).scan())
+                == []
+            )
 
 
 # Scan and gather --------------------------------------------------------------------------------------------
@@ -231,7 +245,7 @@ def test_scan_covers_each_row_once_in_file_order(tmp_path: Path, world: int, pla
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
 def test_gather_takes_rows_as_they_come(tmp_path: Path, kind: str, place: str) -> None:
     corpus = make_corpus(tmp_path, [9, 1, 0, 20, 6], kind=kind)
-    s = Stream(corpus, order_of(corpus), [], resident_bytes=PLACES[place])
+    s = Stream(corpus, order_of(corpus), [], config=StreamConfig(resident_bytes=PLACES[place]))
     for rows in ([35, 0, 9, 9, 10, 30], [3], list(range(36)), []):
         batch = s.gather(rows)
         assert batch.rows.tolist() == rows
@@ -255,18 +269,20 @@ def test_an_error_in_the_thread_reaches_the_consumer(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     for prefetch in (0, 2):
-        s = Stream(corpus, order_of(corpus), range(6), prefetch=prefetch, resident_bytes=0)
+        s = Stream(
+            corpus, order_of(corpus), range(6), config=StreamConfig(prefetch=prefetch, resident_bytes=0)
+        )
         with pytest.raises(DataError, match=r"shard-00004.arrow has sha256"):
             list(s.epoch(0))
         with pytest.raises(DataError, match=r"shard-00004.arrow"):
-            list(Stream(corpus, order_of(corpus), range(6), prefetch=prefetch).epoch(0))
+            list(Stream(corpus, order_of(corpus), range(6), config=StreamConfig(prefetch=prefetch)).epoch(0))
     assert prefetching() == []
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
 def test_closing_early_stops_the_thread(tmp_path: Path, taken: int) -> None:
     corpus = make_corpus(tmp_path, [200])
-    s = Stream(corpus, order_of(corpus), range(6), resident_bytes=0)
+    s = Stream(corpus, order_of(corpus), range(6), config=MAPPED)
     batches = s.epoch(0)
     for _ in range(taken):
         next(batches)
@@ -277,7 +293,7 @@ def test_closing_early_stops_the_thread(tmp_path: Path, taken: int) -> None:
 
 def test_an_abandoned_epoch_stops_its_thread(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path, [200])
-    s = Stream(corpus, order_of(corpus), range(6), resident_bytes=0)
+    s = Stream(corpus, order_of(corpus), range(6), config=MAPPED)
     for batch in s.epoch(0):
         assert batch.step == 0
         break
@@ -289,7 +305,7 @@ def test_a_consumer_that_fails_stops_the_thread(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path, [200])
 
     def consume() -> None:
-        for batch in Stream(corpus, order_of(corpus), range(6), resident_bytes=0).epoch(0):
+        for batch in Stream(corpus, order_of(corpus), range(6), config=MAPPED).epoch(0):
             raise RuntimeError(f"step {batch.step}")
 
     with pytest.raises(RuntimeError, match="step 0"):
@@ -303,7 +319,7 @@ def test_no_more_than_prefetch_batches_are_made_ahead(
 ) -> None:
     corpus = make_corpus(tmp_path, [300])
     monkeypatch.setattr(stream, "CHUNK_BYTES", 1)
-    s = Stream(corpus, order_of(corpus), range(6), prefetch=2, resident_bytes=0)
+    s = Stream(corpus, order_of(corpus), range(6), config=StreamConfig(prefetch=2, resident_bytes=0))
     asked: list[int] = []
     chunks = s._epoch_chunks
 
@@ -328,7 +344,7 @@ def test_no_more_than_prefetch_batches_are_made_ahead(
 
 def test_two_epochs_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path, [30, 1, 64, 0, 25])
-    s = Stream(corpus, order_of(corpus), range(6), resident_bytes=0)
+    s = Stream(corpus, order_of(corpus), range(6), config=MAPPED)
     expected = [list(s.epoch(0)), list(s.epoch(1))]
     for one, two, first, second in zip(s.epoch(0), s.epoch(1), *expected, strict=True):
         assert same(one, first)
@@ -338,7 +354,7 @@ def test_two_epochs_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
 
 def test_waiting_is_measured(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path, [200])
-    s = Stream(corpus, order_of(corpus), range(6), resident_bytes=0)
+    s = Stream(corpus, order_of(corpus), range(6), config=MAPPED)
     started = time.perf_counter()
     assert s.waited_s == 0
     for number, _ in enumerate(s.epoch(0)):
@@ -359,7 +375,7 @@ def test_impossible_streams_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="lanes"):
             Stream(corpus, order, lanes)
     with pytest.raises(ConfigError, match="prefetch"):
-        Stream(corpus, order, [0], prefetch=-1)
+        Stream(corpus, order, [0], config=StreamConfig(prefetch=-1))
     with pytest.raises(ValueError, match="start step 3"):
         Stream(corpus, order, [0]).epoch(0, 3)
     with pytest.raises(ValueError, match="0 rows per batch"):
@@ -378,11 +394,13 @@ def test_with_four_workers_a_shard_is_fetched_by_at_most_two(tmp_path: Path) -> 
             fetched: list[str] = []
             for rank in range(4):
                 cache_dir = tmp_path / f"{epoch}-{rank}"
-                corpus = Corpus.open("memory://four/corpus", cache_dir=str(cache_dir))
+                cached = CacheConfig(folder=str(cache_dir))
+                corpus = Corpus.open("memory://four/corpus", cache_config=cached)
                 order = order_of(corpus, lanes=8)
                 lanes = lanes_of_worker(rank, 4, 8)
                 assert sum(order.lane_sizes[lane] for lane in lanes) >= 16
-                for _ in Stream(corpus, order, lanes, resident_bytes=0).epoch(epoch):
+                alone = StreamConfig(resident_bytes=0, fetch_threads=0)  # not the next epoch's as well
+                for _ in Stream(corpus, order, lanes, config=alone).epoch(epoch):
                     pass
                 assert corpus._cache is not None
                 mine = corpus._cache.fetched
@@ -400,7 +418,7 @@ def test_only_the_shards_of_the_window_are_open(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(stream, "CHUNK_BYTES", 1)
     order = order_of(corpus, lanes=2, window=2)
     mapped = gather.Mapped(corpus)
-    s = Stream(corpus, order, range(2), resident_bytes=0)
+    s = Stream(corpus, order, range(2), config=MAPPED)
     for chunk in s._epoch_chunks(0, 0):
         mapped.gather(np.concatenate([plan.rows for plan in chunk]))
         assert len(mapped._open) <= 2 * 2 * 2  # two lanes, each on the edge of two windows of two shards
@@ -408,11 +426,11 @@ def test_only_the_shards_of_the_window_are_open(tmp_path: Path, monkeypatch: pyt
 
 def test_a_large_corpus_is_not_made_resident(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path, [50, 50])
-    size = gather.Resident.bytes_of(corpus)
-    s = Stream(corpus, order_of(corpus), range(6), resident_bytes=size - 1)
+    size = gather.bytes_of(corpus)
+    s = Stream(corpus, order_of(corpus), range(6), config=StreamConfig(resident_bytes=size - 1))
     list(s.epoch(0))
     assert s._resident is None
-    s = Stream(corpus, order_of(corpus), range(6), resident_bytes=size)
+    s = Stream(corpus, order_of(corpus), range(6), config=StreamConfig(resident_bytes=size))
     list(s.epoch(0))
     assert s._resident is not None
 
@@ -424,7 +442,7 @@ def test_batches_on_a_gpu_are_the_same(tmp_path: Path, kind: str, place: str) ->
     corpus = make_corpus(tmp_path, [30, 1, 64, 0, 25], kind=kind)
     order = order_of(corpus)
     expected = Stream(corpus, order, range(6)).epoch(0)
-    s = Stream(corpus, order, range(6), device="cuda", resident_bytes=PLACES[place])
+    s = Stream(corpus, order, range(6), device="cuda", config=StreamConfig(resident_bytes=PLACES[place]))
     for batch, wanted in zip(s.epoch(0), expected, strict=True):
         tensors = [t if t is None else t.cpu() for t in batch[5:]]
         assert all(t.is_cuda for t in batch[5:] if t is not None)
