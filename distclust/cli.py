@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from distclust.console import display, duration, out, print_summary, reporting_errors, scored_line
 from distclust.errors import ConfigError
@@ -254,37 +252,44 @@ def evaluate(
 
 
 @app.command()
-def methods(debug: DebugOption = False) -> None:
-    """Print the table of methods: what each puts in its slots, and its paper.
+def methods(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="One row, in full: its slots, settings and phases.", show_default=False
+        ),
+    ] = None,
+    brief: Annotated[bool, typer.Option("--brief", help="One line a row.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with all settings and phases.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Print the table of methods: what each puts in its slots, its paper, and what is not in the table.
 
-    A method is a choice in each slot. A recipe names one (method=NAME) and may change its settings (model.*)
-    and its schedule (phases.PHASE.*).
+    A method is a choice in each slot. A recipe names one (method=NAME) and may change its settings (model.*,
+    or estimator.* for scikit-learn's) and its schedule (phases.PHASE.*). Each row is also described by the
+    building blocks of Aljalbout et al. 2018, read off its slots and phases.
+
+    Examples: distclust methods --brief
+
+              distclust methods idec
     """
     with reporting_errors(debug):
+        from distclust.console import print_method, print_methods
+        from distclust.mixture.catalogue import row_data, table_data
         from distclust.mixture.methods import METHODS
 
-        for name, row in METHODS.items():
-            table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
-            table.add_column(no_wrap=True, style="dim")
-            table.add_column(overflow="fold")
-            slots = (
-                "network",
-                "energy",
-                "gate",
-                "aggregator",
-                "target",
-                "reconstruction",
-                "regulariser",
-                "readout",
-            )
-            for slot in slots:
-                table.add_row(slot, Text(str(getattr(row, slot))))
-            phases = (f"{p.name} ({p.epochs})" if p.epochs else p.name for p in row.phases)
-            table.add_row("phases (epochs)", Text(", ".join(phases)))
-            table.add_row("paper", Text(row.paper))
-            out.print(Text(name, style="bold"), Text(f" {row.summary}"), sep=" ")
-            out.print(table)
-            out.print()
+        row = None if name is None else _row(name)
+        if as_json:
+            data: Any = table_data(METHODS.values())
+            if row is not None:
+                data = row if isinstance(row, dict) else row_data(row)
+            out.print(json.dumps(data, indent=1), soft_wrap=True, markup=False)
+        elif row is not None:
+            print_method(row if isinstance(row, dict) else row_data(row), brief)
+        else:
+            print_methods(table_data(METHODS.values()), brief)
 
 
 # ---- what commands share
@@ -299,6 +304,21 @@ def _train(config: Any, folder: Path, corpus: str | None, baselines: bool) -> No
     print_summary(summary, folder)
     took = duration(time.monotonic() - start)
     out.print("The run was finished before; nothing was done." if before else f"This took {took}.")
+
+
+def _row(name: str) -> Any:
+    """The row of that name: of the table, of scikit-learn's, or plain data of one that is not in it."""
+    from dataclasses import asdict
+
+    from distclust.config import method_row
+    from distclust.mixture.catalogue import ESTIMATORS, MISSING
+
+    if name in ESTIMATORS:
+        return ESTIMATORS[name]
+    missing = {key.lower(): row for key, row in MISSING.items()}
+    if name.lower() in missing:
+        return asdict(missing[name.lower()])
+    return method_row(name)
 
 
 def _documents(files: Sequence[str], corpus: str | None, source: Sequence[str]) -> Any:

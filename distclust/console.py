@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
 
 from distclust.errors import ConfigError, DataError, DistclustError
@@ -191,6 +192,83 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         out.print(f"{what:<12} {folder / place}", soft_wrap=True, markup=False)
     if summary["how_to_open"]:
         out.print(f"{'MLflow':<12} {summary['how_to_open']}", soft_wrap=True, markup=False)
+
+
+# ---- the table of methods
+
+
+def print_methods(table: dict[str, list[dict[str, Any]]], brief: bool = False) -> None:
+    """The whole table.
+
+    Args:
+        table: what `mixture.catalogue.table_data` gives.
+        brief: one line a row.
+    """
+    headings = {
+        "methods": "Mixture methods: trained by phases, from a recipe's method=NAME",
+        "estimators": "scikit-learn's (kind: estimator): fitted in one process, no model is kept",
+        "missing": "Not in the table",
+    }
+    for part, heading in headings.items():
+        out.print(Text(heading, style="bold underline"))
+        if not brief:
+            out.print()
+        for row in table[part]:
+            print_method(row, brief, whole=False)
+        if brief or part == "missing":
+            out.print()
+
+
+def print_method(row: dict[str, Any], brief: bool = False, *, whole: bool = True) -> None:
+    """One row, or one method that has none.
+
+    Args:
+        row: what `mixture.catalogue.row_data` gives, or a `Missing` as plain data.
+        brief: in one line.
+        whole: with all its settings, and each phase in full.
+    """
+    said = row.get("summary") or f"{row['kind']}: {row['reason']}"
+    if brief or "slots" not in row:
+        source = "" if brief or "slots" in row else f" ({row['paper']})"
+        out.print(Text.assemble((f"{row['name']:<18}", "bold"), f" {said}{source}"), soft_wrap=brief)
+        return
+    lines: dict[str, str] = {slot: str(value) for slot, value in row["slots"].items()}
+    if not whole:
+        epochs = ((phase["name"], phase.get("epochs")) for phase in row["phases"])
+        lines["phases (epochs)"] = ", ".join(f"{name} ({n})" if n else name for name, n in epochs)
+    lines["paper"] = row["paper"]
+    lines |= {key.replace("non_", "non-").replace("_", " "): value for key, value in row["taxonomy"].items()}
+    out.print(Text.assemble((row["name"], "bold"), f"  {said}"))
+    out.print(_pairs(lines))
+    if whole:
+        for phase in row["phases"]:
+            out.print(Text(f"phase {phase['name']}", style="bold"))
+            out.print(_pairs({key: _plain(v) for key, v in phase.items() if key != "name"}))
+        out.print(Text("settings", style="bold"))
+        out.print(_pairs({key: _plain(value) for key, value in row["settings"].items()}))
+    out.print()
+
+
+def _pairs(lines: dict[str, str]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, value in lines.items():
+        table.add_row(f"  {name}", Text(value))
+    return table
+
+
+def _plain(value: Any) -> str:
+    """A setting in words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    if isinstance(value, tuple | list):
+        items = (" x ".join(map(_plain, v)) if isinstance(v, tuple | list) else _plain(v) for v in value)
+        return ", ".join(items) or "-"
+    return "-" if value is None or value == "" else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+# ---- small words
 
 
 def scored_line(found: dict[str, Any]) -> str:

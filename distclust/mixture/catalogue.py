@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from distclust.mixture.methods import Method, Phase
@@ -303,7 +303,7 @@ MISSING: dict[str, Missing] = {
         _left_out(
             "ConvDEC",
             "Guo et al. 2018",
-            "its target is of the clean image, its prediction of an augmented one; no row pairs the two",
+            "DEC on images that are augmented in both phases: dcec with noise=[augment] there is near",
         ),
         _left_out(
             "fuzzy c-means",
@@ -328,10 +328,6 @@ class Taxonomy:
     combination: str
     cluster_update: str
     after_training: str
-
-    def as_dict(self) -> dict[str, str]:
-        """By name, in the paper's order."""
-        return asdict(self)
 
 
 _CLUSTERING_LOSSES = {
@@ -388,15 +384,19 @@ def _is_experts(row: Method | Estimator) -> bool:
 
 def _architecture(row: Method | Estimator) -> str:
     parts, network = [], _words(row.network)
-    if _has_network(row):
+    if _has_network(row) and _trains_network(row):
         conv = "conv" in network or _setting(row, "conv") not in ("", "()")
         parts.append("VAE" if "vari" in network or "vae" in network else "CNN" if conv else "MLP")
     if _is_experts(row):
         experts = _setting(row, "experts").replace("_", "-")
         parts.append("K autoencoders" if experts == "autoencoder" else f"K {experts} experts")
-    if row.gate == "network":
+    if row.gate in ("network", "expert_codes"):
         parts.append("gate network")
     return " + ".join(parts) or "none (shallow)"
+
+
+def _trains_network(row: Method | Estimator) -> bool:
+    return not isinstance(row, Estimator) and any("network" in phase.trains for phase in row.phases)
 
 
 def _features(row: Method | Estimator) -> str:
@@ -405,6 +405,8 @@ def _features(row: Method | Estimator) -> str:
     if _is_experts(row):
         in_codes = _setting(row, "expert_space") == "codes"
         return "encoder output" if in_codes else "input (experts reconstruct it)"
+    if row.energy == "none" and row.gate == "network":
+        return "input (the gate network sees it)"
     return "encoder output" if _has_network(row) else "input"
 
 
@@ -442,8 +444,9 @@ def _trained(row: Method | Estimator) -> list[Losses]:
 def _non_clustering(row: Method | Estimator) -> str:
     if isinstance(row, Estimator):
         return "none" if row.reconstruction == "-" else row.reconstruction
-    names = dict.fromkeys(name for kinds in _trained(row) for name in sorted(kinds.other))
-    words = [_LOSS_TERMS.get(name, name.replace("_", " ")) for name in names]
+    names = frozenset[str]().union(*(kinds.other for kinds in _trained(row)))
+    ordered = [n for n in _LOSS_TERMS if n in names] + sorted(names - _LOSS_TERMS.keys())
+    words = [_LOSS_TERMS.get(name, name.replace("_", " ")) for name in ordered]
     if "variational_entropy" in _term_names(row):
         words.append("variational bound (ELBO)")
     return "; ".join(dict.fromkeys(words)) or "none"
@@ -454,7 +457,8 @@ def _clustering(row: Method | Estimator) -> str:
     if isinstance(row, Estimator):
         return "normalised cut, relaxed" if row.readout == "k-means" else words[0]
     if any(name.startswith("pseudo") for name in _term_names(row)):
-        words.append("cluster classification (warm start)")
+        alone = row.aggregator == "NONE"
+        words = ["cluster classification"] if alone else [*words, "cluster classification (warm start)"]
     balances = bool(_term_names(row) & {"usage_prior", "batch_entropy"})
     # a target that is not sharpened can only balance: DEPICT's, p / f^eta
     if row.aggregator == "TARGET" and float(_setting(row, "target_kappa") or 2) <= 1:
@@ -485,7 +489,7 @@ def _update(row: Method | Estimator) -> str:
         updates = {"hard": "alternating, hard", "prior": "alternating (EM), soft"}
         return updates.get(row.gate, "once, at the end")
     if row.aggregator == "NONE":
-        return "once, after training"
+        return "once, by k-means on the codes"
     trained = {part for phase in row.phases for part in phase.trains}
     hard = row.gate == "hard"
     if not trained & {"energy", "experts", "gate"}:
@@ -494,3 +498,35 @@ def _update(row: Method | Estimator) -> str:
         return "alternating, hard"
     words = "jointly, by back-propagation, " + ("hard" if hard else "soft")
     return words + ("; target refreshed from the whole set" if row.aggregator == "TARGET" else "")
+
+
+# ---- as plain data
+
+
+def row_data(row: Method | Estimator) -> dict[str, Any]:
+    """A row as plain data: name, kind, summary, paper, slots, taxonomy, phases and settings."""
+    if isinstance(row, Estimator):
+        defaults = asdict(EstimatorConfig())
+        phases: list[Any] = [{"name": name} for name in row.phases]
+        settings = {name: defaults[name] for name in row.uses}
+    else:
+        phases, settings = [asdict(phase) for phase in row.phases], asdict(row.settings)
+    return {
+        "name": row.name,
+        "kind": "estimator" if isinstance(row, Estimator) else "mixture",
+        "summary": row.summary,
+        "paper": row.paper,
+        "slots": {slot: getattr(row, slot) for slot in SLOTS},
+        "taxonomy": asdict(taxonomy(row)),
+        "phases": phases,
+        "settings": settings,
+    }
+
+
+def table_data(methods: Iterable[Method]) -> dict[str, list[dict[str, Any]]]:
+    """The whole table as plain data: methods, estimators, and what is not in it."""
+    return {
+        "methods": [row_data(row) for row in methods],
+        "estimators": [row_data(row) for row in ESTIMATORS.values()],
+        "missing": [asdict(row) for row in MISSING.values()],
+    }

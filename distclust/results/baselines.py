@@ -98,23 +98,25 @@ def code_phase(config: RunConfig) -> str | None:
 
 
 def start_phase(config: RunConfig) -> tuple[str, str] | None:
-    """The phase that the first joint phase starts from, and the name of the baseline that its labels are.
+    """The phase that the last joint phase starts from, and the name of the baseline that its labels are.
 
     None where those labels would say nothing: no joint phase, clusters that start at random or with the joint
-    phase itself, or a gate network that has learnt nothing yet.
+    phase itself, or a gate of its own that has learnt nothing yet.
     """
-    started = warm = False
-    for place, phase in enumerate(config.phases):
-        kinds = losses(phase)
-        if phase.epochs and kinds.clustering and not kinds.warm:
-            if not started or (config.row.gate == "network" and not warm):
-                return None
-            name = "gate after warm start" if warm else "before joint training"
-            return config.phases[place - 1].name, name
-        # whatever begins a phase and is no statistic starts its clusters
-        started = started or any(n not in STATISTICS and "random" not in n for n in phase.begin)
-        warm = warm or bool(phase.epochs and "gate" in phase.trains) or any("gate" in n for n in phase.begin)
-    return None
+    joint = [
+        i for i, phase in enumerate(config.phases) if losses(phase).clustering and not losses(phase).warm
+    ]
+    before = config.phases[: joint[-1]] if joint else ()
+    begun = {name for phase in before for name in phase.begin}
+    # whatever begins a phase and is no statistic starts its clusters
+    if not any(name not in STATISTICS and "random" not in name for name in begun):
+        return None
+    learnt = any(phase.epochs and "gate" in phase.trains for phase in before)
+    own = config.row.gate not in ("tied", "prior", "hard")
+    if own and not learnt and not any("gate" in name for name in begun):
+        return None
+    warm = any(losses(phase).warm and "gate" in phase.trains for phase in before)
+    return before[-1].name, "gate after warm start" if warm else "before joint training"
 
 
 # ---- how they are made

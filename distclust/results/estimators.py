@@ -213,10 +213,13 @@ def _nmf(
     # a fixed number of sweeps: with a tolerance a row's weights would depend on the rows beside it
     nmf.set_params(tol=0.0, max_iter=_NMF_SWEEPS)
 
+    # a part twice as long with weights half as large is the same part
+    lengths = np.linalg.norm(nmf.components_, axis=1)
+
     def weights(block: Rows) -> Rows:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            return scale(nmf.transform(block))
+            return scale(nmf.transform(block) * lengths)
 
     return np.concatenate([weights(rows[at : at + BLOCK_ROWS]) for at in _blocks(rows)]), weights
 
