@@ -29,7 +29,8 @@ from distclust.corpus.sources import SourceConfig
 from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import ConfigError
 from distclust.mixture.catalogue import ESTIMATORS, EstimatorConfig
-from distclust.mixture.methods import METHODS, Method, ModelSettings, Phase
+from distclust.mixture.imports import allow_modules, is_import_path
+from distclust.mixture.methods import METHODS, Method, ModelSettings, Phase, find_method
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ class RunConfig:
     @property
     def row(self) -> Method:
         """The method's row of the table, with this run's settings and phases."""
-        return dataclasses.replace(METHODS[self.method], settings=self.model, phases=self.phases)
+        return dataclasses.replace(find_method(self.method), settings=self.model, phases=self.phases)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on before it may be continued."""
@@ -195,10 +196,13 @@ def method_row(name: str) -> Method:
     """
     if name in ESTIMATORS:
         raise ConfigError(f"method is {name!r}, which is scikit-learn's; expected a row with phases to train")
-    if name not in METHODS:
+    if name not in METHODS and not is_import_path(name):
         known = [*METHODS, *ESTIMATORS]
         raise ConfigError(f"method is {name!r}, which is not in the table{_nearest(name, known)}")
-    return METHODS[name]
+    try:
+        return find_method(name)
+    except ValueError as error:
+        raise ConfigError(f"method: {error}") from error
 
 
 # ---- YAML at the edge

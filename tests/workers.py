@@ -64,7 +64,7 @@ class Recorder(NoHooks):
         step = position.global_step
         if grads := self.job.get("grads"):
             if self.world.is_first:
-                found = {n: p.grad for n, p in self.trainer._trained.items() if p.grad is not None}
+                found = {n: p.grad for n, p in self.trainer.trained.items() if p.grad is not None}
                 save_file({n: g.contiguous() for n, g in found.items()}, grads)
             raise Stopped
         if self.job.get("kill") == [self.world.rank, step]:

@@ -9,11 +9,14 @@ Banerjee et al. 2005.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from distclust.mixture.imports import import_object, is_import_path
 
 EPS = 1e-12
 """Added under a square root: its gradient at a centroid is then finite."""
@@ -53,6 +56,7 @@ NORMALISERS: dict[str, Callable[[Tensor], Tensor]] = {
     "abs": lambda v: _simplex(v.abs()),
     "relu": lambda v: _simplex(torch.relu(v)),
     "plain": lambda v: _simplex(v),
+    "none": lambda v: v,  # codes that are on the simplex already
 }
 
 
@@ -120,22 +124,59 @@ class Dissimilarity:
     """How its centroids start: 'kmeans', 'kmeans_covariance' or 'init_plus_plus' (DMAE's recipe)."""
     loss_has_prior: bool = True
     """Whether MIX subtracts log pi~/alpha; DMAE's KL loss omits it."""
+    is_bregman: bool = False
+    """Whether it is a Bregman divergence, whose best centroid is the weighted mean (Banerjee et al. 2005)."""
+    has_expansion: bool = False
+    """Whether it follows from inner products, which many features need."""
 
 
 DISSIMILARITIES: dict[str, Dissimilarity] = {
-    "euclidean": Dissimilarity(_euclidean, "kmeans"),
-    "squared_euclidean": Dissimilarity(_squared_euclidean, "kmeans"),
+    "euclidean": Dissimilarity(_euclidean, "kmeans", has_expansion=True),
+    "squared_euclidean": Dissimilarity(_squared_euclidean, "kmeans", is_bregman=True, has_expansion=True),
     "manhattan": Dissimilarity(_manhattan, "init_plus_plus"),
     "minkowski": Dissimilarity(_minkowski, "init_plus_plus"),
     "chebyshev": Dissimilarity(_chebyshev, "init_plus_plus"),
-    "cosine": Dissimilarity(_cosine, "init_plus_plus"),
-    "dot_product": Dissimilarity(_dot_product, "init_plus_plus"),
-    "mahalanobis": Dissimilarity(_squared_euclidean, "kmeans_covariance"),
+    "cosine": Dissimilarity(_cosine, "init_plus_plus", has_expansion=True),
+    "dot_product": Dissimilarity(_dot_product, "init_plus_plus", has_expansion=True),
+    "mahalanobis": Dissimilarity(_squared_euclidean, "kmeans_covariance", is_bregman=True),
     "toroidal": Dissimilarity(_toroidal, "init_plus_plus"),
-    "kullback_leibler": Dissimilarity(_kullback_leibler, "init_plus_plus", loss_has_prior=False),
-    "itakura_saito": Dissimilarity(_itakura_saito, "init_plus_plus"),
-    "i_divergence": Dissimilarity(_i_divergence, "init_plus_plus"),
+    "kullback_leibler": Dissimilarity(
+        _kullback_leibler, "init_plus_plus", loss_has_prior=False, is_bregman=True
+    ),
+    "itakura_saito": Dissimilarity(_itakura_saito, "init_plus_plus", is_bregman=True),
+    "i_divergence": Dissimilarity(_i_divergence, "init_plus_plus", is_bregman=True),
 }
+
+
+def find_dissimilarity(name: str) -> Dissimilarity:
+    """A dissimilarity of the table, or a user's own by import path: a function of codes and parameters.
+
+    The function takes x and y that broadcast against each other, (..., J), and sums over J.
+
+    Raises:
+        ValueError: an import path whose module was not allowed (`imports.allow_modules`).
+    """
+    if not is_import_path(name):
+        return DISSIMILARITIES[name]
+    function = import_object(name)
+    return Dissimilarity(lambda x, y, o: function(x, y), "init_plus_plus")
+
+
+_MANY = 256
+"""Codes longer than this are compared by inner products: differences would need a (B, K, J) tensor."""
+
+
+def _expanded(name: str, x: Tensor, y: Tensor) -> Tensor:
+    """A dissimilarity with `has_expansion` from x y', (B, K)."""
+    dots = x @ y.t()
+    if name == "dot_product":
+        return -dots
+    xx, yy = x.square().sum(1, keepdim=True), y.square().sum(1)
+    if name == "cosine":
+        return 1.0 - dots / ((xx + EPS) * (yy + EPS)).sqrt()
+    squared = (xx - 2.0 * dots + yy).clamp_min(0.0)
+    # the expansion cancels to a few units in the last place of ||x||^2: nothing nearer can be told from 0
+    return squared if name == "squared_euclidean" else (squared + 1e-6 * (xx.detach() + EPS)).sqrt()
 
 
 class CentroidEnergy(nn.Module):
@@ -151,8 +192,10 @@ class CentroidEnergy(nn.Module):
     ):
         super().__init__()
         self.centroids = nn.Parameter(torch.empty(n_clusters, code_size).uniform_(-1, 1))
-        self.dissimilarity = DISSIMILARITIES[dissimilarity]
+        self.dissimilarity = find_dissimilarity(dissimilarity)
         self.options = options
+        self._expand = self.dissimilarity.has_expansion and code_size > _MANY
+        self._name = dissimilarity
         self._log_det = log_det
         self.factors: nn.Parameter | None = None
         if dissimilarity == "mahalanobis":
@@ -161,6 +204,8 @@ class CentroidEnergy(nn.Module):
 
     def pairwise(self, codes: Tensor) -> Tensor:
         """d(z, theta_k) (B, K); for Mahalanobis, less `log_det * 0.5 log det P_k`."""
+        if self._expand:
+            return _expanded(self._name, codes, self.centroids)
         if self.factors is None:
             return self.dissimilarity.formula(codes[:, None, :], self.centroids, self.options)
         diff = codes[:, None, :] - self.centroids  # (B, K, J)
@@ -200,6 +245,28 @@ class StudentEnergy(CentroidEnergy):
 
     def pairwise(self, codes: Tensor) -> Tensor:
         return (self._a + 1) / 2 * torch.log1p(super().pairwise(codes) / self._a)
+
+
+class GaussianEnergy(nn.Module):
+    """E_k = -log N(z; mu_k, diag s2_k) in nats, or its mean over a code with a variance (VaDE).
+
+    With `variance` (B, J): `0.5 sum_j [log 2 pi + log s2_kj + (v_j + (z_j - mu_kj)^2) / s2_kj]` (Jiang et al.
+    2017), the terms of the code's own variance included.
+    """
+
+    def __init__(self, n_clusters: int, code_size: int):
+        super().__init__()
+        self.centroids = nn.Parameter(torch.empty(n_clusters, code_size).uniform_(-1, 1))
+        self.log_variances = nn.Parameter(torch.zeros(n_clusters, code_size))
+
+    def pairwise(self, codes: Tensor, variance: Tensor | None = None) -> Tensor:
+        """E (B, K) of codes (B, J)."""
+        precision = (-self.log_variances).exp()  # (K, J)
+        squares = (codes[:, None, :] - self.centroids).square()  # (B, K, J)
+        if variance is not None:
+            squares = squares + variance[:, None, :]
+        constant = self.log_variances.sum(1) + self.centroids.shape[1] * math.log(2.0 * math.pi)
+        return 0.5 * ((squares * precision).sum(2) + constant)
 
 
 def init_plus_plus(

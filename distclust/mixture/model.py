@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distclust.mixture.energies import CentroidEnergy, DissimilarityOptions, StudentEnergy
-from distclust.mixture.gates import HardGate, NetworkGate, PriorGate, TiedGate
-from distclust.mixture.methods import Method, ModelSettings, Phase
-from distclust.mixture.networks import Autoencoder, AutoencoderExperts, ConstantExperts
+from distclust.mixture.convolutional import ConvolutionalAutoencoder, augment
+from distclust.mixture.energies import CentroidEnergy, DissimilarityOptions, GaussianEnergy, StudentEnergy
+from distclust.mixture.experts import build_experts
+from distclust.mixture.gates import HardGate, LinearGate, NetworkGate, PriorGate, TiedGate
+from distclust.mixture.imports import import_object
+from distclust.mixture.layers import Lanes
+from distclust.mixture.method import Method
+from distclust.mixture.networks import Autoencoder, Identity, VariationalAutoencoder
 from distclust.mixture.noise import Noise
+from distclust.mixture.settings import ModelSettings, Phase
 from distclust.mixture.sparse import Rows, n_rows
 from distclust.mixture.terms import TERMS, Scene, Stats, View, responsibility
+
+TEACHER = "teacher"
+"""The submodule that holds the frozen copies."""
 
 
 class MixtureModel(nn.Module):
@@ -25,64 +34,146 @@ class MixtureModel(nn.Module):
         settings: sizes and temperatures, the row's own or a recipe's.
         n_features: D, features of a row.
         n_clusters: K.
+
+    Raises:
+        ValueError: settings that these rows cannot have: an image of another size, AE-CM's orthonormal
+            centroids in fewer directions than clusters.
     """
 
     tau: Tensor
+    base_tau: Tensor
     code_radius: Tensor
     pseudo_centroids: Tensor
+    cluster_counts: Tensor
+    # networks differ in what they offer beside `encode`; a term asks only for what its row has
+    network: Any
+    experts: Any
+    energy: CentroidEnergy | GaussianEnergy | None
 
     def __init__(self, method: Method, settings: ModelSettings, n_features: int, n_clusters: int):
         super().__init__()
         self.method, self.settings = method, settings
         self.n_features, self.n_clusters = n_features, n_clusters
-        s, k = settings, n_clusters
-        self.network = Autoencoder(
-            n_features,
-            s.hidden,
-            s.code_size,
-            activation=s.activation,
-            norm=s.norm,
-            input_dropout=s.input_dropout,
-        )
-        self.experts: ConstantExperts | AutoencoderExperts | None = None
-        self.energy: CentroidEnergy | None = None
-        if method.energy == "experts":
-            self.experts = (
-                ConstantExperts(n_features, k)
-                if s.experts == "constant"
-                else AutoencoderExperts(
-                    n_features, k, s.expert_hidden, s.expert_code_size, activation=s.activation, norm=s.norm
-                )
+        self.lanes = Lanes()
+        self._check_image()
+        self.network = self._build_network()
+        self.code_size: int = self.network.code_size
+        if "orthonormality" in method.terms and self.code_size < n_clusters:
+            raise ValueError(
+                f"codes of {self.code_size} numbers hold no {n_clusters} orthonormal centroids: set "
+                f"model.code_size to at least {n_clusters}"
             )
-        elif method.energy == "student":
-            self.energy = StudentEnergy(k, s.code_size)
-        elif method.energy == "dissimilarity":
-            options = DissimilarityOptions(p=s.p, interval=s.interval, normaliser=s.normaliser)
-            # the log-determinant joins the distance on the scale of 1 / alpha
-            self.energy = CentroidEnergy(k, s.code_size, s.dissimilarity, options, s.log_det / s.alpha)
+        self.experts = None
+        if method.energy == "experts":
+            self.experts = build_experts(self.n_expert_inputs, n_clusters, settings)
+        self.energy = self._build_energy()
         self.gate = self._build_gate()
-        self.register_buffer("tau", torch.tensor(float(s.tau)))
+        self.register_buffer("tau", torch.tensor(float(settings.tau)))
+        self.register_buffer("base_tau", torch.tensor(float(settings.tau)))
         self.register_buffer("code_radius", torch.tensor(1.0))
-        self.register_buffer("pseudo_centroids", torch.zeros(k, s.code_size))
+        self.register_buffer("pseudo_centroids", torch.zeros(n_clusters, self.code_size))
+        # DCN's counts start at 100, as its authors' code has them
+        self.register_buffer("cluster_counts", torch.full((n_clusters,), 100.0, dtype=torch.float64))
+        if method.has_teacher:
+            self.teacher = nn.ModuleDict()
+            for name, part in self._answering().items():
+                self.teacher[name] = _frozen_twin(self, name, part)
+
+    # ---- the parts
+
+    def _check_image(self) -> None:
+        image = self.settings.image
+        if image and image[0] * image[1] * image[2] != self.n_features:
+            raise ValueError(
+                f"model.image is {list(image)}, which is {image[0] * image[1] * image[2]} numbers, and a row "
+                f"has {self.n_features}; expected channels x height x width to be the length of a row"
+            )
+
+    def _build_network(self) -> nn.Module:
+        s = self.settings
+        if s.network:
+            built: nn.Module = import_object(s.network)(self.n_features, s)
+            return built
+        match self.method.network:
+            case "none":
+                return Identity(self.n_features)
+            case "variational":
+                return VariationalAutoencoder(self.n_features, s, self.lanes)
+            case _:
+                if s.image and s.conv:
+                    return ConvolutionalAutoencoder(s, self.lanes)
+                return Autoencoder(self.n_features, s, self.lanes)
+
+    def _build_energy(self) -> CentroidEnergy | GaussianEnergy | None:
+        s, k = self.settings, self.n_clusters
+        match self.method.energy:
+            case "student":
+                return StudentEnergy(k, self.code_size, s.degrees)
+            case "gaussian":
+                return GaussianEnergy(k, self.code_size)
+            case "dissimilarity":
+                options = DissimilarityOptions(p=s.p, interval=s.interval, normaliser=s.normaliser)
+                # the log-determinant joins the distance on the scale of 1 / alpha
+                return CentroidEnergy(k, self.code_size, s.dissimilarity, options, s.log_det / s.alpha)
+            case _:
+                return None
 
     def _build_gate(self) -> nn.Module:
         s, k = self.settings, self.n_clusters
         match self.method.gate:
             case "network":
-                return NetworkGate(
-                    self.n_features,
-                    s.gate_hidden,
-                    k,
-                    activation=s.activation,
-                    norm=s.norm,
-                    dropout=s.gate_dropout,
-                )
+                return NetworkGate(self.n_features, k, s)
+            case "expert_codes":
+                return NetworkGate(k * s.expert_code_size, k, s)
+            case "linear":
+                return LinearGate(self.code_size, k)
             case "tied":
                 return TiedGate(k, s.alpha)
             case "prior":
                 return PriorGate(k)
             case _:
                 return HardGate()
+
+    @property
+    def n_expert_inputs(self) -> int:
+        """Length of what the experts reconstruct."""
+        return self.n_features if self.settings.expert_space == "rows" else self.code_size
+
+    def trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """`named_modules` without the frozen teacher."""
+        return ((n, m) for n, m in self.named_modules() if n.split(".")[0] != TEACHER)
+
+    def prediction_state(self) -> dict[str, Tensor]:
+        """`state_dict` without what only training needs."""
+        return {n: t for n, t in self.state_dict().items() if n.split(".")[0] != TEACHER}
+
+    # ---- the frozen teacher
+
+    def _answering(self) -> dict[str, nn.Module]:
+        """The submodules whose weights the gate's answer depends on."""
+        parts = {"network": self.network, "experts": self.experts, "energy": self.energy, "gate": self.gate}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @torch.no_grad()
+    def freeze_teacher(self) -> None:
+        """Copy the present weights into the teacher."""
+        for name, part in self._answering().items():
+            self.teacher[name].load_state_dict(part.state_dict())
+
+    @torch.no_grad()
+    def _teacher_log_p(self, x: Rows) -> Tensor:
+        """The gate (B, K) of the frozen teacher on undisturbed rows."""
+        own, counts = self._answering(), self.lanes.counts
+        self.lanes.counts = None  # what is frozen normalises with running means
+        try:
+            for name in own:
+                self._modules[name] = self.teacher[name]
+            log_p = self.view(x, ("gate",)).log_p
+        finally:
+            self._modules.update(own)
+            self.lanes.counts = counts
+        assert log_p is not None
+        return log_p
 
     # ---- the pieces of a forward pass
 
@@ -95,23 +186,39 @@ class MixtureModel(nn.Module):
         """`energy_codes` of undisturbed rows, (B, J)."""
         return self.energy_codes(self.network.encode(x))
 
-    def energies(self, x: Rows, z: Tensor | None) -> Tensor:
-        """E (B, K). Experts: 0.5 ||x - f_k(x)||^2 (DAMIC); centroids: their dissimilarity to the codes."""
+    def expert_inputs(self, x: Rows) -> Rows:
+        """What the experts reconstruct: the rows, or their codes with entries of about 1."""
+        if self.settings.expert_space == "rows":
+            return x
+        codes = self.codes(x).detach()
+        return codes * self.code_size**0.5 if self.settings.unit_codes else codes
+
+    def energies(self, x: Rows, z: Tensor | None, variance: Tensor | None = None) -> Tensor:
+        """E (B, K). Experts: 0.5 ||x - f_k(x)||^2 (DAMIC); else the codes' dissimilarity to the centroids, or
+        their Gaussian negative log-likelihood."""
         if self.experts is not None:
-            return 0.5 * self.experts.errors(x)
+            return 0.5 * self.experts.errors(self.expert_inputs(x))
         assert self.energy is not None
         assert z is not None
+        if isinstance(self.energy, GaussianEnergy):
+            return self.energy.pairwise(self.energy_codes(z), variance)
         return self.energy.pairwise(self.energy_codes(z))
 
-    def log_gate(self, x: Rows, energies: Tensor | None, noise: Noise | None) -> Tensor:
+    def log_gate(self, x: Rows, z: Tensor | None, energies: Tensor | None, noise: Noise | None) -> Tensor:
         """log p (B, K)."""
-        if isinstance(self.gate, NetworkGate):
-            return self.gate.log_p(x, noise)
-        if isinstance(self.gate, TiedGate):
+        gate = self.gate
+        if isinstance(gate, NetworkGate):
+            if self.method.gate == "expert_codes":
+                return gate.log_p(self.experts.codes(self.expert_inputs(x)).flatten(1), noise)
+            return gate.log_p(x, noise)
+        if isinstance(gate, LinearGate):
+            assert z is not None
+            return gate.log_p(self.energy_codes(z))
+        if isinstance(gate, TiedGate):
             assert energies is not None
-            return self.gate.log_p_of(energies)
-        if isinstance(self.gate, PriorGate):
-            return self.gate.log_prior().expand(n_rows(x), -1)
+            return gate.log_p_of(energies)
+        if isinstance(gate, PriorGate):
+            return gate.log_prior().expand(n_rows(x), -1)
         assert energies is not None
         hard = F.one_hot(energies.argmin(1), self.n_clusters).to(energies.dtype)
         return hard.clamp_min(torch.finfo(energies.dtype).tiny).log()
@@ -127,25 +234,68 @@ class MixtureModel(nn.Module):
     ) -> View:
         """One forward pass, computing only what is needed. `noisy` names the submodules that see the
         noise."""
-        needs, noisy = frozenset(needs), frozenset(noisy)
-        with_codes = "codes" in needs or ("energies" in needs and self.experts is None)
-        z = self.network.encode(x, noise if "network" in noisy else None) if with_codes else None
-        energies = self.energies(x, z) if "energies" in needs else None
-        gate_noise = noise if "gate" in noisy else None
-        log_p = self.log_gate(x, energies, gate_noise) if "gate" in needs else None
-        clean = None
-        if "clean_gate" in needs:
+        needs, noisy = self._with_what_they_need(needs), frozenset(noisy)
+        z, layers = None, {}
+        network_noise = noise if "network" in noisy else None
+        if "codes" in needs:
+            z, layers = self.network.encode_with_layers(x, network_noise)
+        if "clean_layers" in needs and network_noise is not None:
             with torch.no_grad():
-                clean = self.log_gate(x, energies, None)
-        labels = self.pseudo_labels(x) if "teacher" in needs else None
-        return View(z, energies, log_p, clean, labels)
+                layers = self.network.encode_with_layers(x)[1]
+        energies = log_q = None
+        if "energies" in needs:
+            mean, variance = z, None
+            if "log_variance" in layers and network_noise is not None:
+                mean, variance = layers["mean"], layers["log_variance"].exp()
+            energies = self.energies(x, mean, variance)
+        log_p = self.log_gate(x, z, energies, noise if "gate" in noisy else None) if "gate" in needs else None
+        if "own_q" in needs:
+            assert log_p is not None
+            # q(c | x) is the mixture's posterior at the drawn code (VaDE)
+            log_q = responsibility(log_p, self.energies(x, z), self.tau)
+        clean = self._clean_log_gate(x, energies, network_noise) if "clean_gate" in needs else None
+        labels = self.pseudo_labels(x) if "pseudo_labels" in needs else None
+        teacher = self._teacher_log_p(x) if "teacher" in needs else None
+        return View(z, energies, log_p, clean, labels, log_q, teacher, layers)
+
+    def _with_what_they_need(self, needs: Iterable[str]) -> frozenset[str]:
+        """The needs, and what has to be computed for them."""
+        found = set(needs)
+        if found & {"gate", "clean_gate"} and self.method.gate in ("tied", "hard"):
+            found.add("energies")
+        if found & {"gate", "clean_gate"} and self.method.gate == "linear":
+            found.add("codes")
+        if "own_q" in found or ("energies" in found and self.experts is None):
+            found.add("codes")
+        return frozenset(found)
+
+    @torch.no_grad()
+    def _clean_log_gate(self, x: Rows, energies: Tensor | None, network_noise: Noise | None) -> Tensor:
+        if network_noise is not None and self.method.gate in ("linear", "tied"):
+            z = self.network.encode(x)
+            return self.log_gate(x, z, self.energies(x, z) if energies is not None else None, None)
+        z = self.network.encode(x) if self.method.gate == "linear" else None
+        return self.log_gate(x, z, energies, None)
 
     # ---- what the loop calls
 
     def scene(self, x: Rows, phase: Phase, totals: Stats, noise: Noise | None) -> Scene:
         """A forward pass with everything that the phase's terms need."""
         needs = frozenset().union(*(TERMS[name].needs for name, _ in phase.terms))
-        return Scene(self, x, self.view(x, needs, noise, phase.noise), totals)
+        return self.disturbed(x, phase, totals, noise, needs)
+
+    def disturbed(
+        self, x: Rows, phase: Phase, totals: Stats, noise: Noise | None, needs: Iterable[str]
+    ) -> Scene:
+        """A forward pass with the phase's noise: augmentation, dropout, and batches normalised by lanes."""
+        s = self.settings
+        self.lanes.counts = noise.lane_rows if noise is not None else None
+        try:
+            if noise is not None and "augment" in phase.noise and (s.rotation or s.shift):
+                x = augment(x, s.image, s.rotation, s.shift, noise)
+            return Scene(self, x, self.view(x, needs, noise, phase.noise), totals)
+        finally:
+            self.lanes.counts = None
 
     def term_values(self, scene: Scene, phase: Phase) -> dict[str, Tensor]:
         """Each term's value (B,), unweighted."""
@@ -154,9 +304,9 @@ class MixtureModel(nn.Module):
     def log_scores(self, x: Rows) -> Tensor:
         """The method's readout as log-probabilities (B, K); the label is their argmax."""
         readout = self.method.readout
-        needs = {"gate": {"gate"}, "responsibility": {"gate", "energies"}, "energy": {"energies"}}[readout]
-        if self.method.gate in ("tied", "hard"):
-            needs = needs | {"energies"}
+        if readout == "kmeans":
+            return torch.log_softmax(-torch.cdist(self.codes(x), self.pseudo_centroids).square(), dim=1)
+        needs = {"gate": ("gate",), "responsibility": ("gate", "energies"), "energy": ("energies",)}[readout]
         view = self.view(x, needs)
         if readout == "energy":
             assert view.energies is not None
@@ -173,18 +323,39 @@ class MixtureModel(nn.Module):
         return self.log_scores(x)
 
 
+def _frozen_twin(model: MixtureModel, name: str, part: nn.Module) -> nn.Module:
+    """A second module of the same kind with the same weights, without gradients."""
+    builders: dict[str, Any] = {
+        "network": model._build_network,
+        "energy": model._build_energy,
+        "gate": model._build_gate,
+        "experts": lambda: build_experts(model.n_expert_inputs, model.n_clusters, model.settings),
+    }
+    with torch.random.fork_rng(devices=[]):  # the twin's own draws must not move the model's
+        twin: nn.Module = builders[name]()
+    twin.load_state_dict(part.state_dict())
+    return twin.requires_grad_(False)
+
+
 def diagnostics(scene: Scene, n_clusters: int) -> Stats:
-    """Sums over the batch for the log: hard usage counts (K,), rows, and KL(w || p) where there are both."""
+    """Sums over the batch for the log: hard usage counts (K,), the gate's certainty, and KL(w || p) where
+    there are both."""
     view = scene.view
     log_p = view.clean_log_p if view.clean_log_p is not None else view.log_p
+    if log_p is None and view.energies is not None:
+        log_p = -view.energies  # only which is largest counts
     sums: Stats = {}
-    if log_p is not None:
-        labels = log_p.detach().argmax(1)
-        sums["usage"] = torch.zeros(n_clusters, device=log_p.device).index_add_(
-            0, labels, torch.ones_like(labels, dtype=torch.float32)
-        )
-        if view.energies is not None and scene.model.method.aggregator in ("LSE", "FREE"):
-            log_p = log_p.detach()
-            log_w = responsibility(log_p, view.energies.detach(), scene.model.tau)
-            sums["kl_w_p"] = (log_w.exp() * (log_w - log_p)).sum()
+    if log_p is None:
+        return sums
+    log_p = log_p.detach()
+    labels = log_p.argmax(1)
+    sums["usage"] = torch.zeros(n_clusters, device=log_p.device).index_add_(
+        0, labels, torch.ones_like(labels, dtype=torch.float32)
+    )
+    aggregator = scene.model.method.aggregator
+    if aggregator == "MIX" and view.log_p is not None:
+        sums["certainty"] = view.log_p.detach().exp().amax(1).sum()
+    if view.energies is not None and aggregator in ("LSE", "FREE") and view.log_p is not None:
+        log_w = responsibility(log_p, view.energies.detach(), scene.model.tau)
+        sums["kl_w_p"] = (log_w.exp() * (log_w - log_p)).sum()
     return sums

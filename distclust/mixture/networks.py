@@ -1,131 +1,124 @@
-"""Networks: layers that take sparse rows, an autoencoder, and K experts as one module.
+"""Networks: from rows to codes, and the error of the rows as the codes give them back.
 
-A network never returns a reconstruction for a caller to compare; it returns the squared error, so that a
-sparse target
-stays sparse (`sparse.squared_error`).
+A network never returns a reconstruction for a caller to compare; it returns the error of each row, so that a
+sparse target stays sparse (`sparse.squared_error`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distclust.mixture.layers import MLP, Lanes, RowsLinear, uniform
 from distclust.mixture.noise import Noise
-from distclust.mixture.sparse import (
-    Rows,
-    expert_squared_errors,
-    n_rows,
-    rows_times,
-    square_norms,
-    squared_error,
-)
+from distclust.mixture.settings import ModelSettings
+from distclust.mixture.sparse import Rows, SparseRows, rows_times, squared_error
 
-ACTIVATIONS = {
-    "relu": F.relu,
-    "leaky_relu": lambda v: F.leaky_relu(v, 0.2),
-    "elu": F.elu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
+Layers = dict[str, Tensor]
+"""What a network hands on beside its codes: hidden layers, switches of a pooling, variances."""
 
 
-def _uniform(shape: Sequence[int], fan_in: int) -> nn.Parameter:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): variance scaling with scale 1/3, as DEC and DMAE start."""
-    bound = 1.0 / math.sqrt(max(fan_in, 1))
-    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+class Network(Protocol):
+    """What the mixture asks of a network; a network of your own has these."""
+
+    code_size: int
+
+    def encode(self, x: Rows, noise: Noise | None = None) -> Tensor:
+        """Codes (B, J); undisturbed and deterministic without noise."""
+        ...
+
+    def encode_with_layers(self, x: Rows, noise: Noise | None = None) -> tuple[Tensor, Layers]:
+        """The codes, and what the errors below need to know of the way there."""
+        ...
+
+    def recon_error(self, codes: Tensor, x: Rows, layers: Layers | None = None) -> Tensor:
+        """The error (B,) of x as the decoder makes it from the codes, summed over features."""
+        ...
 
 
-class RowsLinear(nn.Module):
-    """x (B, D), sparse or dense, to (B, H). The weight is stored (D, H): a row for each feature."""
+def cross_entropy(x: Rows, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Binary cross-entropy of `sigmoid(hidden weight' + bias)` against x in [0, 1], summed to (B,).
 
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__()
-        self.weight = _uniform((n_in, n_out), n_in)
-        self.bias = _uniform((n_out,), n_in)
-
-    def forward(self, x: Rows) -> Tensor:
-        return rows_times(x, self.weight) + self.bias
-
-
-class MLP(nn.Module):
-    """Layers `widths[0] -> ... -> widths[-1]`; every layer but the last is normalised and activated.
-
-    Dropout is on the input (`input_dropout`) and after each hidden layer (`hidden_dropout`), only where a
-    `Noise` is given.
+    `hidden` (B, H), `weight` (D, H), `bias` (D,). It is `sum softplus(y) - x.y`, so that a sparse x stays so.
     """
+    y = torch.addmm(bias, hidden, weight.t())  # (B, D)
+    if isinstance(x, SparseRows):
+        xy = (rows_times(x, weight) * hidden).sum(1) + rows_times(x, bias[:, None]).squeeze(1)
+    else:
+        xy = (x * y).sum(1)
+    return F.softplus(y).sum(1) - xy
 
-    def __init__(
-        self,
-        widths: Sequence[int],
-        *,
-        activation: str = "relu",
-        norm: str = "none",
-        input_dropout: float = 0.0,
-        hidden_dropout: float = 0.0,
-    ):
+
+class Identity(nn.Module):
+    """No network: the codes are the rows themselves, made dense (k-means, DMM, CM)."""
+
+    def __init__(self, n_features: int):
         super().__init__()
-        self.layers = nn.ModuleList(RowsLinear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(w) if norm == "layer" else nn.Identity() for w in widths[1:-1]
-        )
-        self._activation = ACTIVATIONS[activation]
-        self._input_dropout, self._hidden_dropout = input_dropout, hidden_dropout
+        self.code_size = n_features
 
-    def hidden(self, x: Rows, noise: Noise | None, name: str) -> Rows:
-        """The values (B, widths[-2]) that the last layer sees."""
-        if noise is not None:
-            x = noise.dropout(f"{name}.input", x, self._input_dropout)
-        for i, norm in enumerate(self.norms):
-            x = self._activation(norm(self.layers[i](x)))
-            if noise is not None:
-                x = noise.dropout(f"{name}.hidden{i}", x, self._hidden_dropout)
-        return x
+    def encode(self, x: Rows, noise: Noise | None = None) -> Tensor:
+        return x.to_dense() if isinstance(x, SparseRows) else x
 
-    def forward(self, x: Rows, noise: Noise | None = None, name: str = "mlp") -> Tensor:
-        return self.layers[-1](self.hidden(x, noise, name))
+    def encode_with_layers(self, x: Rows, noise: Noise | None = None) -> tuple[Tensor, Layers]:
+        return self.encode(x, noise), {}
+
+    def recon_error(self, codes: Tensor, x: Rows, layers: Layers | None = None) -> Tensor:
+        raise ValueError("this row has no network, so there is nothing to reconstruct")
 
 
 class Autoencoder(nn.Module):
-    """An encoder D -> hidden -> J and its mirror, linear at the codes and at the output."""
+    """An encoder D -> hidden -> J and its mirror, linear at the codes and at the output (or a sigmoid)."""
 
-    def __init__(
-        self,
-        n_features: int,
-        hidden: Sequence[int],
-        code_size: int,
-        *,
-        activation: str = "relu",
-        norm: str = "none",
-        input_dropout: float = 0.0,
-    ):
+    def __init__(self, n_features: int, s: ModelSettings, lanes: Lanes | None = None):
         super().__init__()
-        widths = [n_features, *hidden, code_size]
-        self.encoder = MLP(widths, activation=activation, norm=norm, input_dropout=input_dropout)
+        self.code_size = s.code_size
+        widths = [n_features, *s.hidden, s.code_size]
+        self.encoder = MLP(
+            widths,
+            activation=s.activation,
+            norm=s.norm,
+            dropout=(s.input_dropout, s.hidden_dropout),
+            lanes=lanes,
+        )
         mirror = widths[::-1]
-        if len(mirror) < 3:
-            raise ValueError("an autoencoder needs at least one hidden layer")
-        self.decoder = MLP(mirror[:-1] + [1], activation=activation, norm=norm)
-        self.decoder.layers = self.decoder.layers[
-            :-1
-        ]  # the last layer is kept as (D, H), for the exact sparse error
-        self.out_weight = _uniform((n_features, mirror[-2]), mirror[-2])
-        self.out_bias = _uniform((n_features,), mirror[-2])
+        self.decoder = MLP(mirror[:-1] + [1], activation=s.activation, norm=s.norm, lanes=lanes)
+        # the last layer is kept as (D, H), for the exact sparse error
+        self.decoder.layers = self.decoder.layers[:-1]
+        self.out_weight = uniform((n_features, mirror[-2]), mirror[-2])
+        self.out_bias = uniform((n_features,), mirror[-2])
+        self._sigmoid = s.output == "sigmoid"
 
     def encode(self, x: Rows, noise: Noise | None = None) -> Tensor:
         """Codes (B, J)."""
         return self.encoder(x, noise, "network")
 
-    def recon_error(self, codes: Tensor, x: Rows) -> Tensor:
-        """`||x - decoder(codes)||^2` summed over features, (B,)."""
-        return squared_error(x, self._before_output(codes), self.out_weight, self.out_bias)
+    def encode_with_layers(self, x: Rows, noise: Noise | None = None) -> tuple[Tensor, Layers]:
+        """Codes (B, J), and the hidden layers as `layer0`, `layer1`, ... from the input on."""
+        hidden = self.encoder.hidden_layers(x, noise, "network")
+        layers = {f"layer{i}": h for i, h in enumerate(hidden[1:]) if isinstance(h, Tensor)}
+        return self.encoder.layers[-1](hidden[-1]), layers
+
+    def recon_error(self, codes: Tensor, x: Rows, layers: Layers | None = None) -> Tensor:
+        """`||x - decoder(codes)||^2` summed over features, or the cross-entropy, (B,)."""
+        error = cross_entropy if self._sigmoid else squared_error
+        return error(x, self._before_output(codes), self.out_weight, self.out_bias)
+
+    def layer_errors(self, codes: Tensor, layers: Layers) -> Tensor:
+        """Mean squared error (B,) of each hidden layer against the decoder's mirror of it, added up."""
+        decoded = self.decoder.hidden_layers(codes, None, "decoder")[1:]
+        total = codes.new_zeros(codes.shape[0])
+        for i, back in enumerate(reversed(decoded)):
+            assert isinstance(back, Tensor)
+            total = total + (layers[f"layer{i}"].detach() - back).square().mean(1)
+        return total
 
     def decode(self, codes: Tensor) -> Tensor:
         """The reconstruction (B, D); for pictures and words, never for a loss."""
-        return self._before_output(codes) @ self.out_weight.t() + self.out_bias
+        y = self._before_output(codes) @ self.out_weight.t() + self.out_bias
+        return y.sigmoid() if self._sigmoid else y
 
     def _before_output(self, codes: Tensor) -> Tensor:
         hidden = self.decoder.hidden(codes, None, "decoder")
@@ -133,62 +126,27 @@ class Autoencoder(nn.Module):
         return hidden
 
 
-class ConstantExperts(nn.Module):
-    """K vectors in input space: the smallest expert, f_k(x) = m_k. The error is a squared distance."""
+class VariationalAutoencoder(Autoencoder):
+    """An autoencoder whose code has a mean and a variance in each direction (VaDE; Kingma & Welling 2014).
 
-    def __init__(self, n_features: int, n_clusters: int):
-        super().__init__()
-        # zeros: the first statistic ("expert_means") puts each at the mean of its pseudo-cluster
-        self.means = nn.Parameter(torch.zeros(n_features, n_clusters))
-
-    def errors(self, x: Rows) -> Tensor:
-        """`||x - m_k||^2`, (B, K)."""
-        dots = rows_times(x, self.means)
-        return (square_norms(x)[:, None] - 2.0 * dots + self.means.square().sum(0)).clamp_min(0.0)
-
-
-class AutoencoderExperts(nn.Module):
-    """K autoencoders D -> hidden -> J -> hidden -> D in input space, held as stacked weights.
-
-    The first layers are one sparse product (D, K*H), the inner ones batched products, the last ones the exact
-    sparse error of K experts.
+    Without noise the code is the mean; with it, a draw. `layers` has `mean` and `log_variance` (B, J).
     """
 
-    def __init__(
-        self,
-        n_features: int,
-        n_clusters: int,
-        hidden: Sequence[int],
-        code_size: int,
-        *,
-        activation: str = "relu",
-        norm: str = "none",
-    ):
-        super().__init__()
-        k = n_clusters
-        inner = [*hidden, code_size, *reversed(hidden)]
-        self.in_weight = _uniform((n_features, k, inner[0]), n_features)
-        self.in_bias = _uniform((k, inner[0]), n_features)
-        pairs = list(zip(inner[:-1], inner[1:], strict=True))
-        self.weights = nn.ParameterList(_uniform((k, a, b), a) for a, b in pairs)
-        self.biases = nn.ParameterList(_uniform((k, b), a) for a, b in pairs)
-        self.out_weight = _uniform((n_features, k, inner[-1]), inner[-1])
-        self.out_bias = _uniform((n_features, k), inner[-1])
-        self._code_layer = len(hidden) - 1  # inner layer i gives the codes: linear
-        self._activation = ACTIVATIONS[activation]
-        self._norm = norm == "layer"
+    def __init__(self, n_features: int, s: ModelSettings, lanes: Lanes | None = None):
+        super().__init__(n_features, s, lanes)
+        self.log_variance = RowsLinear(s.hidden[-1], s.code_size)
+        with torch.no_grad():  # small variances at first: the pretrained autoencoder still works
+            self.log_variance.weight.mul_(0.1)
+            self.log_variance.bias.fill_(-4.0)
 
-    def _activate(self, h: Tensor) -> Tensor:
-        """Normalised (without gain, each expert by itself) and activated, (B, K, H)."""
-        return self._activation(F.layer_norm(h, h.shape[-1:]) if self._norm else h)
+    def encode(self, x: Rows, noise: Noise | None = None) -> Tensor:
+        return self.encode_with_layers(x, noise)[0]
 
-    def errors(self, x: Rows) -> Tensor:
-        """`||x - f_k(x)||^2` summed over features, (B, K)."""
-        d, k, h1 = self.in_weight.shape
-        h = rows_times(x, self.in_weight.reshape(d, k * h1)).view(n_rows(x), k, h1) + self.in_bias
-        h = self._activate(h)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            h = torch.einsum("bkh,khj->bkj", h, weight) + bias
-            if i != self._code_layer:
-                h = self._activate(h)
-        return expert_squared_errors(x, h, self.out_weight, self.out_bias)
+    def encode_with_layers(self, x: Rows, noise: Noise | None = None) -> tuple[Tensor, Layers]:
+        hidden = self.encoder.hidden(x, noise, "network")
+        mean, log_variance = self.encoder.layers[-1](hidden), self.log_variance(hidden)
+        log_variance = log_variance.clamp(-20.0, 10.0)  # exp of it stays in float32
+        z = mean
+        if noise is not None:
+            z = mean + (0.5 * log_variance).exp() * noise.normal("network.code", self.code_size)
+        return z, {"mean": mean, "log_variance": log_variance}

@@ -7,6 +7,7 @@ on eight, on a CPU or a GPU, for sparse or dense rows, and after a resume.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 
@@ -68,6 +69,23 @@ class Noise:
         """The same draws as `bits`, only where x has non-zeros, (nnz,)."""
         keys = self._row_keys(name)[x.row_numbers()]
         return _hash32(keys + x.indices.to(torch.int32) * 0x3C6EF372) & 0x7FFFFFFF
+
+    @property
+    def lane_rows(self) -> tuple[int, ...]:
+        """Rows of each lane, in the batch's order."""
+        return self._counts
+
+    def uniform(self, name: str, n_columns: int) -> Tensor:
+        """Uniform draws (B, n_columns) in [0, 1)."""
+        return self.bits(name, n_columns).to(torch.float32) * 2.0**-31
+
+    def normal(self, name: str, n_columns: int) -> Tensor:
+        """Standard normal draws (B, n_columns), by Box and Muller's transform of two uniform ones."""
+        radius = (
+            -2.0 * torch.log1p(-self.uniform(f"{name}.radius", n_columns).clamp_max(1 - 2.0**-24))
+        ).sqrt()
+        angle = 2.0 * math.pi * self.uniform(f"{name}.angle", n_columns)
+        return radius * angle.cos()
 
     def dropout(self, name: str, x: Rows, rate: float) -> Rows:
         """x with each entry zeroed with probability `rate` and the rest divided by 1 - rate."""

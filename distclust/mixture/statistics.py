@@ -2,11 +2,11 @@
 over rows.
 
 A statistic collects sums on each worker without gradient, the sums are added over lanes and workers, and
-`apply` does the
-same thing to the model on every worker. `when` says how often:
+`apply` does the same thing to the model on every worker. `when` says how often:
 
 * ``begin``: one pass over the data when a phase begins;
-* ``epoch``: one pass at the start of each epoch (DEC's cluster frequencies);
+* ``epoch``: one pass at the start of each epoch (EM sums, closed-form centroids);
+* ``refresh``: one pass every `refresh_steps` of the phase (DEC's frequencies, the frozen teacher);
 * ``before_step``: over the rows of the step, before its loss (usage priors);
 * ``after_step``: over the rows of the step, after the update (DCN's running means).
 
@@ -18,16 +18,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from distclust.mixture.networks import ConstantExperts
+from distclust.mixture.energies import NORMALISERS, CentroidEnergy
+from distclust.mixture.experts import ConstantExperts
+from distclust.mixture.gates import PriorGate
+from distclust.mixture.layers import LaneBatchNorm
 from distclust.mixture.sparse import SparseRows
-from distclust.mixture.terms import Scene, Stats
+from distclust.mixture.terms import Scene, Stats, lse, responsibility
 
 if TYPE_CHECKING:
     from distclust.mixture.model import MixtureModel
 
-When = Literal["begin", "epoch", "before_step", "after_step"]
+When = Literal["begin", "epoch", "refresh", "before_step", "after_step"]
 
 
 class Statistic(Protocol):
@@ -60,12 +64,13 @@ class ExpertMeans:
     closed form."""
 
     when: When = "begin"
-    needs = frozenset({"teacher"})
+    needs = frozenset({"pseudo_labels"})
 
     def collect(self, scene: Scene) -> Stats:
-        labels, model, x = scene.view.pseudo_labels, scene.model, scene.x
+        labels, model = scene.view.pseudo_labels, scene.model
         assert labels is not None
-        k, d = model.n_clusters, model.n_features
+        x = model.expert_inputs(scene.x)
+        k, d = model.n_clusters, model.n_expert_inputs
         counts = torch.zeros(k, dtype=torch.float64, device=labels.device)
         counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
         sums = torch.zeros(d * k, dtype=torch.float64, device=labels.device)
@@ -104,13 +109,14 @@ class Temperature:
         if factor is not None:
             spread = totals["spread_sum"] / totals["spread_rows"].clamp_min(1)
             model.tau.copy_((factor * spread).clamp_min(1e-6))
+            model.base_tau.copy_(model.tau)
 
 
 class GateUsage:
-    """f_k = sum of p_k over the whole data, refreshed every epoch (DEC's target; never a batch's)."""
+    """f_k = sum of p_k over the whole data (DEC's target; never a batch's)."""
 
-    when: When = "epoch"
-    needs = frozenset({"energies", "gate"})
+    when: When = "refresh"
+    needs = frozenset({"gate"})
 
     def collect(self, scene: Scene) -> Stats:
         assert scene.view.log_p is not None
@@ -118,6 +124,154 @@ class GateUsage:
 
     def apply(self, model: MixtureModel, totals: Stats) -> None:
         totals["gate_usage"] = totals["gate_usage"].clamp_min(1e-12).to(torch.float32)
+
+
+class Teacher(GateUsage):
+    """The model as it is now, frozen until the next refresh, and f_k of its gate.
+
+    Counts the labels that moved since the last refresh: `moved` of `moved_rows`.
+    """
+
+    needs = frozenset({"gate", "teacher"})
+
+    def collect(self, scene: Scene) -> Stats:
+        before, now = scene.view.teacher_log_p, scene.view.log_p
+        assert before is not None
+        assert now is not None
+        moved = (before.argmax(1) != now.argmax(1)).double().sum()
+        return {**super().collect(scene), "moved": moved, "moved_rows": _count(now)}
+
+    def apply(self, model: MixtureModel, totals: Stats) -> None:
+        super().apply(model, totals)
+        model.freeze_teacher()
+
+
+class StepUsage:
+    """Sums of p_k over the rows of the step on all workers (usage priors, batch entropies)."""
+
+    when: When = "before_step"
+    needs = frozenset({"gate"})
+
+    def collect(self, scene: Scene) -> Stats:
+        assert scene.view.log_p is not None
+        return {"step_usage": scene.view.log_p.double().exp().sum(0), "step_rows": _count(scene.view.log_p)}
+
+    def apply(self, model: MixtureModel, totals: Stats) -> None:
+        pass
+
+
+class RunningMeans:
+    """DCN's centroids: `mu_k += (1 / c_k) (z - mu_k)` for each code of the step, c_k counting from 100.
+
+    One after the other that gives `(c_k mu_k + sum z) / (c_k + n_k)`, whatever the order, so one update from
+    the sums over all workers is the same.
+    """
+
+    when: When = "after_step"
+    needs = frozenset({"codes", "energies"})
+
+    def collect(self, scene: Scene) -> Stats:
+        return _sums_of_clusters(scene, "running")
+
+    def apply(self, model: MixtureModel, totals: Stats) -> None:
+        assert isinstance(model.energy, CentroidEnergy)
+        sums, added, counts = totals["running_sums"], totals["running_counts"], model.cluster_counts
+        new = (counts[:, None] * model.energy.centroids + sums) / (counts + added)[:, None]
+        model.energy.centroids.data.copy_(new)
+        counts += added
+
+
+class Recentre:
+    """Centroids become the means of their clusters (a step of Lloyd's); an empty one stays where it is."""
+
+    when: When = "epoch"
+    needs = frozenset({"codes", "energies"})
+
+    def collect(self, scene: Scene) -> Stats:
+        return _sums_of_clusters(scene, "centre")
+
+    def apply(self, model: MixtureModel, totals: Stats) -> None:
+        assert isinstance(model.energy, CentroidEnergy)
+        counts = totals["centre_counts"][:, None]
+        means = totals["centre_sums"] / counts.clamp_min(1.0)
+        old = model.energy.centroids.data
+        model.energy.centroids.data.copy_(torch.where(counts > 0, means.to(old.dtype), old))
+
+
+class ExpectationMaximisation:
+    """One EM iteration of Bregman soft clustering (Banerjee et al. 2005): w from the E-step, then
+    `mu_k = sum_i w_ik x_i / sum_i w_ik` for every Bregman divergence, and `pi_k = mean_i w_ik`.
+
+    `em_objective` is the sum over rows of LSE before the update. A cluster that loses all its weight stays
+    where it is.
+    """
+
+    when: When = "epoch"
+    needs = frozenset({"codes", "energies", "gate"})
+
+    def collect(self, scene: Scene) -> Stats:
+        view, model = scene.view, scene.model
+        assert view.log_p is not None
+        assert view.energies is not None
+        assert view.z is not None
+        w = responsibility(view.log_p, view.energies, model.tau).double().exp()
+        return {
+            "em_weights": w.sum(0),
+            "em_sums": w.t() @ _bregman_points(model, view.z).double(),
+            "em_rows": _count(view.z),
+            "em_objective": lse(view.log_p, view.energies, model.tau).double().sum(),
+        }
+
+    def apply(self, model: MixtureModel, totals: Stats) -> None:
+        assert isinstance(model.energy, CentroidEnergy)
+        assert isinstance(model.gate, PriorGate)
+        weights = totals["em_weights"]
+        old = model.energy.centroids.data
+        means = (totals["em_sums"] / weights.clamp_min(1e-300)[:, None]).to(old.dtype)
+        model.energy.centroids.data.copy_(torch.where(weights[:, None] > 1e-12, means, old))
+        shares = (weights / totals["em_rows"].clamp_min(1)).clamp_min(1e-30)
+        model.gate.logits.data.copy_(shares.log())
+
+
+class BatchNorm:
+    """Running means and variances of batch normalisation, from what each lane saw in the step."""
+
+    when: When = "after_step"
+    needs = frozenset[str]()
+
+    def collect(self, scene: Scene) -> Stats:
+        sums: Stats = {}
+        for name, module in _batch_norms(scene.model).items():
+            rows, mean, variance = module.sums()
+            sums |= {f"norm_rows/{name}": rows, f"norm_mean/{name}": mean, f"norm_variance/{name}": variance}
+        return sums
+
+    def apply(self, model: MixtureModel, totals: Stats) -> None:
+        for name, module in _batch_norms(model).items():
+            found = (totals.pop(f"norm_{what}/{name}") for what in ("rows", "mean", "variance"))
+            module.update(*found)
+
+
+def _batch_norms(model: MixtureModel) -> dict[str, LaneBatchNorm]:
+    return {n: m for n, m in model.trained_modules() if isinstance(m, LaneBatchNorm)}
+
+
+def _bregman_points(model: MixtureModel, z: Tensor) -> Tensor:
+    """What the M-step averages (B, J): the codes, on the simplex for Kullback-Leibler."""
+    codes = model.energy_codes(z)
+    if model.settings.dissimilarity == "kullback_leibler":
+        return NORMALISERS[model.settings.normaliser](codes)
+    return codes
+
+
+def _sums_of_clusters(scene: Scene, prefix: str) -> Stats:
+    """Sums (K, J) and counts (K,) of the codes nearest to each centroid."""
+    view, model = scene.view, scene.model
+    assert view.energies is not None
+    assert view.z is not None
+    member = F.one_hot(view.energies.argmin(1), model.n_clusters).double()  # (B, K)
+    codes = model.energy_codes(view.z).double()
+    return {f"{prefix}_sums": member.t() @ codes, f"{prefix}_counts": member.sum(0)}
 
 
 def _count(rows: Tensor) -> Tensor:
@@ -129,4 +283,10 @@ STATISTICS: dict[str, Statistic] = {
     "expert_means": ExpertMeans(),
     "temperature": Temperature(),
     "gate_usage": GateUsage(),
+    "teacher": Teacher(),
+    "step_usage": StepUsage(),
+    "running_means": RunningMeans(),
+    "recentre": Recentre(),
+    "em": ExpectationMaximisation(),
+    "batch_norm": BatchNorm(),
 }

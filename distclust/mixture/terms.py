@@ -1,12 +1,17 @@
 """What is added up: each term gives one number a row, (B,), and the loss is a weighted mean over rows.
 
-Notation: gate p, energies E, temperature tau, responsibility w = softmax(log p - E / tau).
+Notation: gate p, energies E, temperature tau, responsibility w = softmax(log p - E / tau). Energies and
+`squared_reconstruction` are sums over features, `reconstruction` is a mean over them.
+
+A term that is not linear in a mean over the data (a usage prior, an entropy of mean gates) has its value from
+the reduced statistic and its gradient from the linear term with the derivative's weights: exact on any number
+of workers, without a collective inside the loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +36,10 @@ class View:
     energies: Tensor | None = None  # (B, K)
     log_p: Tensor | None = None  # (B, K) gate, with the phase's noise
     clean_log_p: Tensor | None = None  # (B, K) gate without noise and without gradient
-    pseudo_labels: Tensor | None = None  # (B,) from the frozen teacher
+    pseudo_labels: Tensor | None = None  # (B,) of the pretrained encoder's k-means
+    log_q: Tensor | None = None  # (B, K) FREE's own q, where it is not the responsibility (VaDE)
+    teacher_log_p: Tensor | None = None  # (B, K) gate of the frozen teacher
+    layers: dict[str, Tensor] = field(default_factory=dict)  # hidden layers, variances, switches
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,11 @@ class Term:
 
     function: Callable[[Scene], Tensor]
     needs: frozenset[str]
+    statistics: frozenset[str] = frozenset()
+    """Statistics that the phase must keep for it."""
+
+
+# ---- the formulas
 
 
 def responsibility(log_p: Tensor, energies: Tensor, tau: Tensor | float) -> Tensor:
@@ -79,9 +92,32 @@ def sharpened_target(log_p: Tensor, log_f: Tensor, kappa: float, eta: float) -> 
     return torch.log_softmax(kappa * log_p - eta * log_f, dim=1)
 
 
+def kl_from_target(log_t: Tensor, log_p: Tensor) -> Tensor:
+    """KL(t || p) with t fixed, (B,); its gradient wrt the gate's logits is p - t."""
+    log_t = log_t.detach()
+    return (log_t.exp() * (log_t - log_p)).sum(1)
+
+
+def of_a_mean(values: Tensor, derivative: Tensor, per_row: Tensor) -> Tensor:
+    """The value `f(g)` with the gradient of `sum_k f'(g_k) p_ik` in each row's own gate, (B,).
+
+    `values` () is f at the global mean g; `derivative` * `per_row` (B, K) is linear in the row.
+    """
+    linear = (derivative.detach() * per_row).sum(1)
+    return values.detach() + linear - linear.detach()
+
+
+# ---- what the terms read
+
+
 def _log_p(s: Scene) -> Tensor:
     assert s.view.log_p is not None
     return s.view.log_p
+
+
+def _clean_log_p(s: Scene) -> Tensor:
+    assert s.view.clean_log_p is not None
+    return s.view.clean_log_p
 
 
 def _energies(s: Scene) -> Tensor:
@@ -95,8 +131,22 @@ def _codes(s: Scene) -> Tensor:
 
 
 def _centroids(s: Scene) -> CentroidEnergy:
-    assert s.model.energy is not None
+    assert isinstance(s.model.energy, CentroidEnergy)
     return s.model.energy
+
+
+def _log_frequency(s: Scene) -> Tensor:
+    """log f_k, the gate's sum over the whole data (K,)."""
+    return s.totals["gate_usage"].log()
+
+
+# ---- aggregators
+
+
+def _balanced(s: Scene, log_p: Tensor) -> Tensor:
+    """The gate with the balance correction, p / f^eta, where the settings ask for it."""
+    eta = s.model.settings.balance
+    return torch.log_softmax(log_p - eta * _log_frequency(s), dim=1) if eta else log_p
 
 
 def _lse(s: Scene) -> Tensor:
@@ -109,16 +159,24 @@ def _lse_clean_teacher(s: Scene) -> Tensor:
 
     The value is LSE(clean p, E); the gradients are those of sum_k w_k (E_k - tau log p_k) with w fixed.
     """
-    assert s.view.clean_log_p is not None
     energies, tau = _energies(s), s.model.tau
-    w = responsibility(s.view.clean_log_p, energies, tau).exp().detach()
+    clean = _balanced(s, _clean_log_p(s))
+    w = responsibility(clean, energies, tau).exp().detach()
     surrogate = (w * (energies - tau * _log_p(s))).sum(1)
-    value = lse(s.view.clean_log_p, energies, tau).detach()
+    value = lse(clean, energies, tau).detach()
     return value + surrogate - surrogate.detach()
 
 
 def _exp(s: Scene) -> Tensor:
     return expected(_log_p(s), _energies(s))
+
+
+def _exp_orthonormal(s: Scene) -> Tensor:
+    """EXP with squared distances as AE-CM writes it for orthonormal centroids:
+    `||z - sum_k p_k mu_k||^2 + sum_k p_k (1 - p_k)`."""
+    p = _log_p(s).exp()
+    mixed = p @ _centroids(s).centroids  # (B, J)
+    return (s.model.energy_codes(_codes(s)) - mixed).square().sum(1) + (p * (1.0 - p)).sum(1)
 
 
 def _min(s: Scene) -> Tensor:
@@ -136,24 +194,34 @@ def _mix(s: Scene) -> Tensor:
     return d - torch.logsumexp(log_p + gate.log_prior(), dim=1) / gate.alpha
 
 
+def _free(s: Scene) -> Tensor:
+    """FREE_tau with the view's own q."""
+    assert s.view.log_q is not None
+    return free_energy(s.view.log_q, _log_p(s), _energies(s), s.model.tau)
+
+
+# ---- targets
+
+
+def _sharpened(s: Scene, log_p: Tensor) -> Tensor:
+    settings = s.model.settings
+    return sharpened_target(log_p.detach(), _log_frequency(s), settings.target_kappa, settings.target_eta)
+
+
 def _target(s: Scene) -> Tensor:
-    """Cross-entropy towards the sharpened gate (kappa, eta) = (2, 1); its gradient is that of KL(t || p)
-    (DEC)."""
-    log_p = _log_p(s)
-    log_f = s.totals["gate_usage"].log()
-    t = sharpened_target(log_p, log_f, 2.0, 1.0).exp().detach()
-    return -(t * log_p).sum(1)
+    """KL(t || p), t from the gate as it is and the whole data's frequencies of the last refresh (DEC)."""
+    return kl_from_target(_sharpened(s, _log_p(s)), _log_p(s))
 
 
-def _reconstruction(s: Scene) -> Tensor:
-    """Mean over features of the squared error of x from its codes."""
-    return s.model.network.recon_error(_codes(s), s.x) / s.model.n_features
+def _target_clean(s: Scene) -> Tensor:
+    """KL(t || p), t from the undisturbed row, p from the disturbed one (DEPICT; a gate's self-training)."""
+    return kl_from_target(_sharpened(s, _clean_log_p(s)), _log_p(s))
 
 
-def _mixed_reconstruction(s: Scene) -> Tensor:
-    """Mean over features of the squared error of x from the mixed centroid (DMAE Eq 17, 18)."""
-    theta, _ = _centroids(s).mix(_log_p(s).exp())
-    return s.model.network.recon_error(theta * s.model.code_radius, s.x) / s.model.n_features
+def _target_teacher(s: Scene) -> Tensor:
+    """KL(t || p), t from the model as it was at the last refresh (DEC and IDEC as published)."""
+    assert s.view.teacher_log_p is not None
+    return kl_from_target(_sharpened(s, s.view.teacher_log_p), _log_p(s))
 
 
 def _pseudo_label(s: Scene) -> Tensor:
@@ -171,24 +239,110 @@ def _pseudo_cross_entropy(s: Scene) -> Tensor:
     return -_log_p(s).gather(1, _pseudo_label(s)).squeeze(1)
 
 
+# ---- reconstructions
+
+
+def _squared_reconstruction(s: Scene) -> Tensor:
+    """The error of x from its codes, summed over features."""
+    return s.model.network.recon_error(_codes(s), s.x, s.view.layers)
+
+
+def _reconstruction(s: Scene) -> Tensor:
+    """The error of x from its codes, as a mean over features."""
+    return _squared_reconstruction(s) / s.model.n_features
+
+
+def _mixed_reconstruction(s: Scene) -> Tensor:
+    """Mean over features of the squared error of x from the mixed centroid (DMAE Eq 17, 18)."""
+    theta, _ = _centroids(s).mix(_log_p(s).exp())
+    return s.model.network.recon_error(theta * s.model.code_radius, s.x, s.view.layers) / s.model.n_features
+
+
+def _layer_reconstruction(s: Scene) -> Tensor:
+    """The hidden layers of the undisturbed row from the disturbed one's codes (DEPICT)."""
+    return s.model.network.layer_errors(_codes(s), s.view.layers)
+
+
+# ---- regularisers
+
+
+def _variational_entropy(s: Scene) -> Tensor:
+    """Minus the entropy of the code's own Gaussian, `-0.5 sum_j (1 + log 2 pi + log v_j)` (VaDE)."""
+    log_variance = s.view.layers["log_variance"]
+    return -0.5 * (log_variance + 1.0 + torch.log(torch.tensor(2.0 * torch.pi))).sum(1)
+
+
+def _sample_entropy(s: Scene) -> Tensor:
+    """H(p) of each row: small when the gate is sure (MIXAE)."""
+    log_p = _log_p(s)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def _log_mean_gate(s: Scene) -> Tensor:
+    """log g_k of the global batch (K,), in float64: it does not underflow where a float32 gate does."""
+    sums, rows = s.totals["step_usage"], s.totals["step_rows"]
+    return sums.clamp_min(torch.finfo(torch.float64).tiny).log() - rows.clamp_min(1.0).log()
+
+
+def _batch_entropy(s: Scene) -> Tensor:
+    """-H(g), g the mean gate over the global batch: small when all clusters are used (MIXAE)."""
+    log_g = _log_mean_gate(s)
+    value = (log_g.exp() * log_g).sum().to(torch.float32)
+    return of_a_mean(value, (log_g + 1.0).to(torch.float32), _log_p(s).exp())
+
+
+def _usage_prior(s: Scene) -> Tensor:
+    """`-sum_k log g_k`, g the mean gate over the global batch: the Dirichlet prior of CM without its factor.
+
+    CM adds `(1 - alpha) sum_k log g_k` to a sum over its batch of B rows; as a mean over rows the weight of
+    this term is (alpha - 1) / B. The derivative is taken through log p, so that a cluster whose gate
+    underflows in float32 is still pulled back: `p_ik / g_k` is at most the number of rows.
+    """
+    log_g, log_p = _log_mean_gate(s), _log_p(s)
+    share = (log_p.detach().double() - log_g).exp().to(log_p.dtype)
+    return of_a_mean(-log_g.sum().to(torch.float32), -share, log_p)
+
+
+def _orthonormality(s: Scene) -> Tensor:
+    """`sum_kl |<mu_k, mu_l> - [k = l]|` of the centroids, the same for every row (AE-CM)."""
+    m = _centroids(s).centroids
+    gap = (m @ m.t() - torch.eye(m.shape[0], device=m.device)).abs().sum()
+    return gap.expand(_log_p(s).shape[0])
+
+
+_GATE = frozenset({"gate"})
+_EG = frozenset({"energies", "gate"})
+
 TERMS: dict[str, Term] = {
     "reconstruction": Term(_reconstruction, frozenset({"codes"})),
+    "squared_reconstruction": Term(_squared_reconstruction, frozenset({"codes"})),
     "mixed_reconstruction": Term(_mixed_reconstruction, frozenset({"codes", "energies", "gate"})),
-    "pseudo_energy": Term(_pseudo_energy, frozenset({"energies", "teacher"})),
-    "pseudo_cross_entropy": Term(_pseudo_cross_entropy, frozenset({"gate", "teacher"})),
-    "lse": Term(_lse, frozenset({"energies", "gate"})),
-    "lse_clean_teacher": Term(_lse_clean_teacher, frozenset({"energies", "gate", "clean_gate"})),
-    "exp": Term(_exp, frozenset({"energies", "gate"})),
+    "layer_reconstruction": Term(_layer_reconstruction, frozenset({"codes", "clean_layers"})),
+    "pseudo_energy": Term(_pseudo_energy, frozenset({"energies", "pseudo_labels"})),
+    "pseudo_cross_entropy": Term(_pseudo_cross_entropy, frozenset({"gate", "pseudo_labels"})),
+    "lse": Term(_lse, _EG),
+    "lse_clean_teacher": Term(_lse_clean_teacher, _EG | {"clean_gate"}),
+    "exp": Term(_exp, _EG),
+    "exp_orthonormal": Term(_exp_orthonormal, frozenset({"codes", "gate"})),
     "min": Term(_min, frozenset({"energies"})),
     "mix": Term(_mix, frozenset({"codes", "energies", "gate"})),
-    "target": Term(_target, frozenset({"energies", "gate"})),
+    "free": Term(_free, _EG | {"own_q"}),
+    "target": Term(_target, _GATE, frozenset({"gate_usage"})),
+    "target_clean": Term(_target_clean, _GATE | {"clean_gate"}, frozenset({"gate_usage"})),
+    "target_teacher": Term(_target_teacher, _GATE | {"teacher"}, frozenset({"teacher"})),
+    "variational_entropy": Term(_variational_entropy, frozenset({"codes"})),
+    "sample_entropy": Term(_sample_entropy, _GATE),
+    "batch_entropy": Term(_batch_entropy, _GATE, frozenset({"step_usage"})),
+    "usage_prior": Term(_usage_prior, _GATE, frozenset({"step_usage"})),
+    "orthonormality": Term(_orthonormality, _GATE),
 }
 
 AGGREGATOR_TERMS = {
     "LSE": frozenset({"lse", "lse_clean_teacher"}),
-    "EXP": frozenset({"exp"}),
+    "EXP": frozenset({"exp", "exp_orthonormal"}),
     "MIN": frozenset({"min"}),
     "MIX": frozenset({"mix"}),
-    "TARGET": frozenset({"target"}),
+    "FREE": frozenset({"free"}),
+    "TARGET": frozenset({"target", "target_clean", "target_teacher"}),
     "NONE": frozenset[str](),
 }

@@ -87,7 +87,7 @@ def predict_corpus(model: MixtureModel, corpus: Corpus) -> NDArray[np.int64]:
 @torch.no_grad()
 def encode_corpus(model: MixtureModel, corpus: Corpus) -> NDArray[np.float32]:
     """The codes (N, J) of undisturbed rows, as the encoder gives them: not scaled to length 1."""
-    codes = np.empty((corpus.n_rows, model.settings.code_size), np.float32)
+    codes = np.empty((corpus.n_rows, model.code_size), np.float32)
     at = 0
     for rows, size in _blocks(corpus):
         codes[at : at + size] = model.network.encode(rows).numpy()

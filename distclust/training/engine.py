@@ -13,11 +13,10 @@ from __future__ import annotations
 import logging
 import posixpath
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,16 +25,19 @@ from distclust.config import RunConfig
 from distclust.corpus.order import Order, lanes_of_worker
 from distclust.corpus.shards import Corpus
 from distclust.corpus.stream import Batch, Stream
-from distclust.errors import CheckpointError, NonFiniteError
-from distclust.mixture.methods import Phase
+from distclust.errors import CheckpointError
+from distclust.mixture.method import STARTS
 from distclust.mixture.model import MixtureModel, diagnostics
 from distclust.mixture.noise import Noise
+from distclust.mixture.settings import Phase
 from distclust.mixture.sparse import Rows, SparseRows
 from distclust.mixture.statistics import STATISTICS, Statistic
 from distclust.mixture.terms import Scene, Stats
 from distclust.training.checkpoint import CheckpointStore, differences
-from distclust.training.initialise import initialise_clusters
+from distclust.training.initialise import start_clusters
+from distclust.training.not_finite import explain
 from distclust.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
+from distclust.training.schedules import WeightAverage, anneal
 from distclust.training.world import World
 
 log = logging.getLogger(__name__)
@@ -129,13 +131,6 @@ class StepLoss(nn.Module):
         return scaled + self.flag * not_finite, seen
 
 
-def describe_row(corpus: Corpus, row: int) -> str:
-    """A global row number as shard file and document id, for messages."""
-    shards, places = corpus.locate(np.array([row]))
-    shard, place = int(shards[0]), int(places[0])
-    return f"{corpus.manifest.shards[shard].file} row {place} (document {corpus.shard(shard).ids()[place]!r})"
-
-
 class Trainer:
     """A run on one worker.
 
@@ -185,6 +180,8 @@ class Trainer:
         self.sums = {}
         self.bad = torch.zeros((), device=world.device)
         self._bad_before: tuple[Tensor, Batch, Position] | None = None
+        self.average = WeightAverage()
+        self._warned_of_softness = False
         self._timer = time.perf_counter()
 
     # ---- top to bottom
@@ -196,11 +193,11 @@ class Trainer:
             phase = self.phases[index]
             if self.position == replace(self.position, epoch=0, step=0):
                 self.begin(phase)
-            if phase.epochs:
-                loss = self.wrap(phase, optimizer_state)
+            if phase.by_sweeps:
                 for epoch in range(self.position.epoch, phase.epochs):
-                    self.train_epoch(phase, epoch, loss)
-                self.check_finite()
+                    self.sweep_epoch(phase, epoch)
+            elif phase.epochs:
+                self.train_phase(phase, self.wrap(phase, optimizer_state))
             optimizer_state = {}
             self.position = Position(index + 1, 0, 0, self.position.global_step)
             self.totals = {}
@@ -209,14 +206,33 @@ class Trainer:
         kept = {phase: posixpath.join(folder, name) for phase, name in self.phase_checkpoints.items()}
         return Outcome(self._last_checkpoint, kept, self.position.global_step)
 
-    def train_epoch(self, phase: Phase, epoch: int, loss: nn.Module) -> None:
-        """The rest of an epoch, from the position on."""
+    def train_phase(self, phase: Phase, loss: nn.Module) -> None:
+        """The rest of a phase: its epochs, or fewer where its labels have settled."""
+        for epoch in range(self.position.epoch, phase.epochs):
+            if self.train_epoch(phase, epoch, loss):
+                log.info("phase %s ends in epoch %d: its labels have settled", phase.name, epoch)
+                break
+        self.check_finite()
+        if phase.average_last_epoch:
+            self.average.finish(self.trained, self.totals)
+
+    def train_epoch(self, phase: Phase, epoch: int, loss: nn.Module) -> bool:
+        """The rest of an epoch, from the position on; true when the labels have settled."""
+        anneal(self.model, phase, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = phase.optimizer.rate(epoch)
         if self.position.step == 0:
-            for statistic in self._statistics(phase.statistics, "epoch"):
-                self.sweep(statistic)
+            for statistic in self._statistics(phase, "epoch"):
+                if epoch % self.config.model.recentre_every == 0:
+                    self.sweep(statistic)
+        averaged = phase.average_last_epoch and epoch + 1 == phase.epochs
         passes_before = sum(p.epochs for p in self.phases[: self.position.phase])
         for batch in self.stream.epoch(passes_before + epoch, self.position.step):
+            if self.refresh(phase, epoch, batch.step):
+                return True
             self.step(phase, batch, loss)
+            if averaged:
+                self.average.add(self.trained, self.totals)
             last = batch.step + 1 == self.order.steps_per_epoch
             self.position = Position(
                 self.position.phase,
@@ -232,20 +248,51 @@ class Trainer:
                 self.check_finite()
                 self.save("step", phase)
             self.hooks.after_step(self.position)
+        return False
+
+    def sweep_epoch(self, phase: Phase, epoch: int) -> None:
+        """An epoch without an optimiser: one pass for each statistic, counted as one step (EM)."""
+        for statistic in self._statistics(phase, "epoch"):
+            self.sweep(statistic)
+        mine = float(self.world.is_first)  # the totals are reduced already
+        self.sums = {
+            "term/em": self.totals["em_objective"] * mine,
+            "rows": self.totals["em_rows"] * mine,
+            "usage": self.totals["em_weights"] * mine,
+        }
+        p = self.position
+        self.position = Position(p.phase, epoch + 1, 0, p.global_step + 1)
+        self.write_log(phase)
+        if self.position.global_step % self.config.checkpoint.every_steps == 0 and epoch + 1 < phase.epochs:
+            self.save("sweep", phase)
+        self.hooks.after_step(self.position)
+
+    def refresh(self, phase: Phase, epoch: int, step: int) -> bool:
+        """The target's statistics and the teacher, when they are due; true when the labels have settled."""
+        done = epoch * self.order.steps_per_epoch + step
+        every = phase.refresh_steps or self.order.steps_per_epoch
+        if done % every:
+            return False
+        statistics = list(self._statistics(phase, "refresh"))
+        for statistic in statistics:
+            self.sweep(statistic)
+        if not statistics or not phase.stop_label_change or done == 0 or "moved" not in self.totals:
+            return False
+        return float(self.totals["moved"] / self.totals["moved_rows"]) < phase.stop_label_change
 
     def step(self, phase: Phase, batch: Batch, loss: nn.Module) -> None:
         """One update. Nothing here waits for the device."""
         x = self.rows(batch)
         noise = self.noise(batch, self.position.global_step)
-        for statistic in self._statistics(phase.statistics, "before_step"):
-            self._collect(statistic, x, phase)
+        for statistic in self._statistics(phase, "before_step"):
+            self._collect(statistic, x, phase, noise)
         self.optimizer.zero_grad(set_to_none=True)
         value, seen = loss(x, noise, phase, self.totals, batch.rows_in_step)
         value.backward()
         self._mask_update(loss)
         self.optimizer.step()
-        for statistic in self._statistics(phase.statistics, "after_step"):
-            self._collect(statistic, x, phase)
+        for statistic in self._statistics(phase, "after_step"):
+            self._collect(statistic, x, phase, None)
         seen["rows"] = torch.tensor(float(batch.rows.shape[0]))
         for key, total in seen.items():
             self.sums[key] = self.sums[key] + total.double() if key in self.sums else total.double()
@@ -256,8 +303,8 @@ class Trainer:
     def begin(self, phase: Phase) -> None:
         """Whatever happens once as a phase begins: k-means, and statistics over the whole data."""
         for name in phase.begin:
-            if name == "initialise_clusters":
-                initialise_clusters(self.model, self.stream, self.corpus.n_rows, self.config, self.world)
+            if name in STARTS:
+                start_clusters(name, self.model, self.stream, self.config, self.world)
             else:
                 self.sweep(STATISTICS[name])
 
@@ -269,7 +316,7 @@ class Trainer:
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer(phase.optimizer, trained)
         restore_optimizer(self.optimizer, trained, optimizer_state)
-        self._trained = trained
+        self.trained = trained
         self.bad.zero_()
         self._bad_before = None
         if self.world.size == 1:
@@ -290,10 +337,10 @@ class Trainer:
                     sums[key] = sums[key] + value if key in sums else value
             self._apply(statistic, sums)
 
-    def _collect(self, statistic: Statistic, x: Rows, phase: Phase) -> None:
-        """A statistic over the rows of one step."""
+    def _collect(self, statistic: Statistic, x: Rows, phase: Phase, noise: Noise | None) -> None:
+        """A statistic over the rows of one step, as disturbed as the loss sees them when there is noise."""
         with torch.no_grad():
-            scene = Scene(self.model, x, self.model.view(x, statistic.needs), self.totals)
+            scene = self.model.disturbed(x, phase, self.totals, noise, statistic.needs)
             self._apply(statistic, statistic.collect(scene))
 
     def _apply(self, statistic: Statistic, sums: Stats) -> None:
@@ -302,8 +349,8 @@ class Trainer:
         if statistic.when != "begin":
             self.totals |= totals
 
-    @staticmethod
-    def _statistics(names: Sequence[str], when: str) -> Iterator[Statistic]:
+    def _statistics(self, phase: Phase, when: str) -> Iterator[Statistic]:
+        names = self.model.method.statistics_of(phase)
         return (STATISTICS[name] for name in names if STATISTICS[name].when == when)
 
     def rows(self, batch: Batch) -> Rows:
@@ -320,7 +367,7 @@ class Trainer:
 
     def _mask_update(self, loss: nn.Module) -> None:
         """Set the optimiser's `found_inf`: the device skips this update and every later one."""
-        grads = [p.grad for p in self._trained.values() if p.grad is not None]
+        grads = [p.grad for p in self.trained.values() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(grads))
         flag = (loss.module if isinstance(loss, DistributedDataParallel) else loss).flag
         bad = ~torch.isfinite(norms).all() | (flag.grad != 0)
@@ -332,48 +379,14 @@ class Trainer:
         copy = self.bad.to("cpu", non_blocking=True) if self.bad.is_cuda else self.bad.clone()
         self._bad_before = (copy, batch, self.position)
         if before is not None and bool(before[0]):
-            self._explain(before[1], before[2], phase)
+            explain(self, before[1], before[2], phase)
 
     def check_finite(self) -> None:
         """Wait for the flag of the last step: before a checkpoint and at the end of a phase."""
         if self._bad_before is not None:
             _, batch, position = self._bad_before
             if bool(self.bad):
-                self._explain(batch, position, self.phases[position.phase])
-
-    def _explain(self, batch: Batch, position: Position, phase: Phase) -> None:
-        """Replay the offending step, which the order makes exact, lane by lane; name term, shard and rows."""
-        finding = ""
-        start = 0
-        for lane, count in zip(batch.lanes, batch.lane_rows, strict=True):
-            numbers = batch.rows[start : start + count].cpu().numpy()
-            start += count
-            if finding or not count:
-                continue
-            part = self.stream.gather(numbers)
-            noise = Noise(self.config.seed, position.global_step, [lane], [count], self.world.device)
-            with torch.no_grad():
-                scene = self.model.scene(self.rows(part), phase, self.totals, noise)
-                values = self.model.term_values(scene, phase)
-            for name, value in values.items():
-                wrong = (~torch.isfinite(value)).nonzero().flatten().cpu().numpy()
-                if wrong.size:
-                    places = ", ".join(describe_row(self.corpus, int(numbers[i])) for i in wrong[:3])
-                    finding = f"term {name!r} of {wrong.size} rows in lane {lane}, the first: {places}"
-                    break
-        if not finding:
-            names = [
-                n for n, p in self._trained.items() if p.grad is not None and not torch.isfinite(p.grad).all()
-            ]
-            finding = f"gradient of {', '.join(names[:5]) or 'another worker'}"
-        everywhere = [text for text in self.world.gather_texts(finding) if "another worker" not in text]
-        terms = [text for text in everywhere if text.startswith("term")] or everywhere
-        raise NonFiniteError(
-            f"a value that is not finite at step {position.global_step} (phase {phase.name}, "
-            f"epoch {position.epoch}, step {position.step} of the epoch): "
-            f"{terms[0] if terms else 'not found again'}. The update was not made; the last checkpoint is "
-            "finite. Lower the learning rate of this phase, or look at these documents"
-        )
+                explain(self, batch, position, self.phases[position.phase])
 
     # ---- the log
 
@@ -393,7 +406,11 @@ class Trainer:
             return
         rows = max(float(sums["rows"]), 1.0)
         metrics = {key: float(sums[key]) / rows for key in sums if key.startswith("term/")}
-        metrics["loss"] = sum(weight * metrics[f"term/{name}"] for name, weight in phase.terms)
+        terms = phase.terms or (("em", 1.0),)
+        metrics["loss"] = sum(weight * metrics[f"term/{name}"] for name, weight in terms)
+        if "certainty" in sums:
+            metrics["gate_certainty"] = float(sums["certainty"]) / rows
+            self._warn_of_softness(metrics["gate_certainty"])
         if "kl_w_p" in sums:
             metrics["kl_w_p"] = float(sums["kl_w_p"]) / rows
         if "usage" in sums:
@@ -407,6 +424,16 @@ class Trainer:
         metrics["phase"] = self.position.phase
         self.hooks.log(self.position, phase.name, metrics)
 
+    def _warn_of_softness(self, certainty: float) -> None:
+        if certainty < 0.9 and not self._warned_of_softness:
+            self._warned_of_softness = True
+            log.warning(
+                "the gate's largest probability is %.2f on average: a soft gate gives MIX an optimum where "
+                "codes lie between the centroids, cost nothing and are not clustered; raise model.alpha, or "
+                "use dmae-exp or dmae-lse with the same dissimilarity",
+                certainty,
+            )
+
     # ---- checkpoints
 
     def save(self, label: str, phase: Phase) -> None:
@@ -417,7 +444,8 @@ class Trainer:
             self.phase_checkpoints[phase.name] = name
         groups: dict[str, dict[str, Tensor]] = {"model": dict(self.model.state_dict())}
         if label == "step":
-            groups["optimizer"] = optimizer_tensors(self.optimizer, self._trained)
+            groups["optimizer"] = optimizer_tensors(self.optimizer, self.trained)
+        if label in ("step", "sweep"):
             groups["totals"] = self.totals
         state = {
             "position": asdict(p),

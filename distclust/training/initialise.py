@@ -1,4 +1,4 @@
-"""Cluster parameters from k-means on an evenly drawn sample of codes."""
+"""Starts of the cluster parameters: k-means on an evenly drawn sample of codes, and what follows from it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,37 @@ from torch import Tensor
 
 from distclust.config import RunConfig
 from distclust.corpus.stream import Batch, Stream
-from distclust.mixture.energies import DISSIMILARITIES, CentroidEnergy, init_plus_plus
+from distclust.mixture.energies import CentroidEnergy, GaussianEnergy, init_plus_plus
+from distclust.mixture.gates import LinearGate, PriorGate
 from distclust.mixture.model import MixtureModel
 from distclust.mixture.sparse import Rows, SparseRows
-from distclust.training.kmeans import assign_to_centroids, fit_kmeans
+from distclust.training.kmeans import assign_to_centroids, fit_kmeans, threads_for
 from distclust.training.world import World
 
 log = logging.getLogger(__name__)
 BLOCK = 512
 
 
-def initialise_clusters(
-    model: MixtureModel, stream: Stream, n_rows: int, config: RunConfig, world: World
-) -> None:
+_SAMPLE_NUMBERS = 2**28
+"""Numbers in a sample of codes at most (1 GiB in float32): long codes are drawn from fewer rows."""
+
+
+def start_clusters(name: str, model: MixtureModel, stream: Stream, config: RunConfig, world: World) -> None:
+    """What a phase may begin with: `initialise_clusters`, `pinv_gate`, `gaussian_start` (`method.STARTS`).
+
+    Raises:
+        DataError: when there are fewer distinct codes than clusters.
+    """
+    if name == "initialise_clusters":
+        initialise_clusters(model, stream, config, world)
+    elif name == "pinv_gate":
+        assert isinstance(model.gate, LinearGate)
+        model.gate.start_from(model.pseudo_centroids)
+    else:
+        gaussian_start(model, stream, config, world)
+
+
+def initialise_clusters(model: MixtureModel, stream: Stream, config: RunConfig, world: World) -> None:
     """Set the pseudo-labels' centroids and, for a mixture over codes, the parameters of its energies.
 
     Every worker encodes its share of an evenly drawn sample, rank 0 fits, everybody gets the result.
@@ -30,12 +48,15 @@ def initialise_clusters(
     Raises:
         DataError: when there are fewer distinct codes than clusters.
     """
-    codes = world.gather_rows(_sample_codes(model, stream, n_rows, config, world))
-    k, j = config.clusters, model.settings.code_size
+    codes = world.gather_rows(_sample_codes(model, stream, config, world))
+    k, j = config.clusters, model.code_size
+    energy = model.energy if isinstance(model.energy, CentroidEnergy) else None
     centroids = torch.zeros(k, j, device=world.device)
-    factors = torch.zeros(k, j, j, device=world.device)
     starts = torch.zeros(k, j, device=world.device)
-    kind = DISSIMILARITIES[model.settings.dissimilarity].starts_from
+    kind = "kmeans" if energy is None else energy.dissimilarity.starts_from
+    if kind == "init_plus_plus" and any("em" in phase.statistics for phase in config.phases):
+        kind = "kmeans"  # the M-step's centroids are means, and so is its start
+    factors = torch.zeros(k, j, j, device=world.device) if kind == "kmeans_covariance" else None
 
     def fit() -> str:
         sample = codes.cpu().numpy()
@@ -49,14 +70,14 @@ def initialise_clusters(
         )
         centroids.copy_(torch.from_numpy(result.centroids))
         starts.copy_(centroids)
-        if model.energy is not None and kind == "init_plus_plus":
-            starts.copy_(_max_min_start(model.energy, codes, k, config.seed))
-        if model.energy is not None and kind == "kmeans_covariance":
+        if energy is not None and kind == "init_plus_plus":
+            starts.copy_(_max_min_start(energy, codes, k, config.seed))
+        if factors is not None:
             factors.copy_(precision_factors(sample, result.centroids))
         log.info(
             "k-means: %d codes of %d rows, objective %.6g, %d empty clusters repaired, %s",
             result.n_sample,
-            n_rows,
+            stream.corpus.n_rows,
             result.objective,
             result.n_repaired,
             result.backend,
@@ -65,26 +86,57 @@ def initialise_clusters(
 
     world.on_first(fit)
     model.pseudo_centroids.copy_(world.broadcast(centroids))
-    if model.energy is not None:
-        model.energy.centroids.data.copy_(world.broadcast(starts))
-        if model.energy.factors is not None:
-            model.energy.factors.data.copy_(world.broadcast(factors))
+    if energy is not None:
+        energy.centroids.data.copy_(world.broadcast(starts))
+        if energy.factors is not None and factors is not None:
+            energy.factors.data.copy_(world.broadcast(factors))
+
+
+def gaussian_start(model: MixtureModel, stream: Stream, config: RunConfig, world: World) -> None:
+    """Means, variances and weights of a diagonal Gaussian mixture on a sample of codes (VaDE's start), which
+    itself starts from the k-means centroids."""
+    codes = world.gather_rows(_sample_codes(model, stream, config, world))
+    k, j = config.clusters, model.code_size
+    assert isinstance(model.energy, GaussianEnergy)
+    assert isinstance(model.gate, PriorGate)
+    means, variances = torch.zeros(k, j, device=world.device), torch.ones(k, j, device=world.device)
+    weights = torch.full((k,), 1.0 / k, device=world.device)
+
+    def fit() -> str:
+        from sklearn.mixture import GaussianMixture
+
+        start = model.pseudo_centroids.cpu().double().numpy()
+        fitted = GaussianMixture(
+            k, covariance_type="diag", means_init=start, random_state=config.seed, reg_covar=1e-4
+        )
+        with threads_for(codes.numel() * k):
+            fitted.fit(codes.cpu().double().numpy())
+        means.copy_(torch.from_numpy(fitted.means_))
+        variances.copy_(torch.from_numpy(fitted.covariances_))
+        weights.copy_(torch.from_numpy(fitted.weights_))
+        log.info("Gaussian mixture on %d codes: %d iterations", len(codes), fitted.n_iter_)
+        return ""
+
+    world.on_first(fit)
+    model.energy.centroids.data.copy_(world.broadcast(means))
+    model.energy.log_variances.data.copy_(world.broadcast(variances).log())
+    model.gate.logits.data.copy_(world.broadcast(weights).clamp_min(1e-6).log())
 
 
 @torch.no_grad()
-def _sample_codes(
-    model: MixtureModel, stream: Stream, n_rows: int, config: RunConfig, world: World
-) -> Tensor:
+def _sample_codes(model: MixtureModel, stream: Stream, config: RunConfig, world: World) -> Tensor:
     """This worker's share (n, J) of the sample, in row order; fixed blocks, so a code does not depend on its
     neighbours."""
-    size = min(config.initialise.sample, n_rows)
+    n_rows = stream.corpus.n_rows
+    least = min(n_rows, 50 * config.clusters)
+    size = min(config.initialise.sample, n_rows, max(_SAMPLE_NUMBERS // model.code_size, least))
     chosen = np.unique(np.linspace(0, n_rows - 1, size).astype(np.int64))
     mine = np.array_split(chosen, world.size)[world.rank]
     blocks = [mine[i : i + BLOCK] for i in range(0, len(mine), BLOCK)]
     codes = [
         model.codes(_padded(stream.gather(block), model.n_features, BLOCK))[: len(block)] for block in blocks
     ]
-    return torch.cat(codes) if codes else torch.zeros(0, model.settings.code_size, device=world.device)
+    return torch.cat(codes) if codes else torch.zeros(0, model.code_size, device=world.device)
 
 
 def _padded(batch: Batch, n_features: int, n_rows: int) -> Rows:

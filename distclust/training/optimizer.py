@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distclust.mixture.methods import OptimizerConfig
+from distclust.mixture.settings import OptimizerConfig
 
 
 def build_optimizer(
@@ -22,6 +22,7 @@ def build_optimizer(
         values,
         lr=config.learning_rate,
         momentum=config.momentum,
+        nesterov=config.nesterov,
         weight_decay=config.weight_decay,
         fused=True,
     )

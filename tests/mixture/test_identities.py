@@ -11,6 +11,7 @@ from torch import Tensor
 from distclust.mixture import terms
 from distclust.mixture.energies import DISSIMILARITIES, CentroidEnergy, DissimilarityOptions, StudentEnergy
 from distclust.mixture.gates import TiedGate
+from distclust.mixture.settings import ModelSettings
 
 B, K, J = 40, 5, 6
 
@@ -81,6 +82,7 @@ def test_clean_teacher_has_the_gradients_of_lse_when_nothing_is_noisy(draws: tup
 
     class _Model:
         tau = torch.tensor(2.0, dtype=torch.float64)
+        settings = ModelSettings()
 
     scene = terms.Scene(_Model(), torch.empty(B, 1), view, {})  # type: ignore[arg-type]
     clean = terms.TERMS["lse_clean_teacher"].function(scene)

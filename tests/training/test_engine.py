@@ -4,6 +4,7 @@ yet."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 
 import runs
 from corpora import make_corpus
-from distclust.config import RunConfig, method_row, to_dict
+from distclust.config import RunConfig, method_row
 from distclust.corpus.shards import Corpus
 from distclust.errors import CheckpointError, DataError, NonFiniteError
-from distclust.mixture import methods, statistics, terms
-from distclust.mixture.methods import Method, ModelSettings, OptimizerConfig, Phase
+from distclust.mixture import terms
+from distclust.mixture.methods import METHODS, Method, ModelSettings, OptimizerConfig, Phase
+from distclust.mixture.rows.common import INITIALISE, pretrain
 from distclust.training.checkpoint import CheckpointStore
 from distclust.training.engine import NoHooks, Position, Trainer
 from distclust.training.world import World
@@ -159,7 +161,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(corpus: Corpu
         assert key in metrics
 
 
-@pytest.mark.parametrize("method", sorted(methods.METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
 def test_losses_fall_in_every_phase_on_sparse_and_dense_rows(tmp_path: Path, method: str, kind: str) -> None:
     corpus = make_corpus(tmp_path / "corpus", shard_rows=[40, 40], n_features=30, kind=kind)
@@ -177,6 +179,9 @@ def test_losses_fall_in_every_phase_on_sparse_and_dense_rows(tmp_path: Path, met
     trainer(runs.tiny_config(method, phases=phases, model=model), corpus, tmp_path, hooks).run()
     for phase in phases:
         losses = [m["loss"] for _, name, m in hooks.lines if name == phase]
+        assert all(math.isfinite(value) for value in losses), phase
+        if row.aggregator == "TARGET" and phase == "joint":
+            continue  # the target moves with the gate, and the distance to it may grow
         epoch = len(losses) // 8
         assert sum(losses[-epoch:]) < sum(losses[:epoch]), (phase, losses)
 
@@ -216,83 +221,15 @@ def test_sparse_and_dense_rows_train_alike(tmp_path: Path) -> None:
 # ---- the interface holds DEC and DCN
 
 
-class RunningMeans:
-    """DCN's centroid update: mu_k moves to each new code by 1 / count_k, the sums taken over all workers."""
-
-    when = "after_step"
-    needs = frozenset({"codes", "energies"})
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def collect(self, scene: terms.Scene) -> terms.Stats:
-        view = scene.view
-        assert view.z is not None
-        assert view.energies is not None
-        one_hot = torch.nn.functional.one_hot(view.energies.argmin(1), scene.model.n_clusters).double()
-        return {"sums": one_hot.t() @ view.z.double(), "counts": one_hot.sum(0)}
-
-    def apply(self, model: Any, totals: terms.Stats) -> None:
-        self.calls += 1
-        before = totals["counts"].new_full((model.n_clusters,), 100.0) * self.calls
-        centroids = model.energy.centroids.data
-        step = (totals["sums"] - totals["counts"][:, None] * centroids) / (before + totals["counts"])[:, None]
-        centroids.add_(step)
-
-
 def _custom(name: str, joint: Phase, **slots: Any) -> Method:
     return Method(
         name=name,
         paper="a row of a test",
         summary="",
         settings=ModelSettings(alpha=1.0, dissimilarity="squared_euclidean"),
-        phases=(methods.DMAE_TEXT.phases[0], methods._INITIALISE, joint),
+        phases=(pretrain(1, OptimizerConfig()), INITIALISE, joint),
         **slots,
     )
-
-
-def test_dec_fits_the_slots(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    joint = Phase(
-        name="joint",
-        epochs=2,
-        trains=("network", "energy"),
-        terms=(("target", 1.0),),
-        statistics=("gate_usage",),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
-    )
-    row = _custom("dec", joint, energy="student", gate="tied", aggregator="TARGET", readout="gate")
-    monkeypatch.setitem(methods.METHODS, "dec", row)
-    config = runs.tiny_config("dec")
-    # in the middle of an epoch the frequencies come from the checkpoint, not from the model as it is then
-    whole = trainer(config, corpus, tmp_path / "whole")
-    whole.run()
-    assert whole.identity["method"] == "dec"
-    with pytest.raises(_Stopped):
-        trainer(config, corpus, tmp_path / "cut", _StopAt(10)).run()
-    resumed = trainer(config, corpus, tmp_path / "cut")
-    resumed.run()
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
-
-
-def test_dcn_fits_the_slots(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    means = RunningMeans()
-    monkeypatch.setitem(statistics.STATISTICS, "running_means", means)
-    joint = Phase(
-        name="joint",
-        epochs=2,
-        trains=("network",),
-        terms=(("min", 0.5), ("reconstruction", 1.0)),
-        statistics=("running_means",),
-    )
-    row = _custom("dcn", joint, energy="dissimilarity", gate="hard", aggregator="MIN", readout="energy")
-    monkeypatch.setitem(methods.METHODS, "dcn", row)
-    run = trainer(runs.tiny_config("dcn"), corpus, tmp_path)
-    run.run()
-    assert means.calls == 2 * run.order.steps_per_epoch
-    scores = run.model.predict(run.rows(run.stream.gather(range(61))))
-    assert scores.shape == (61, 3)
-    assert to_dict(run.config)["method"] == "dcn"
 
 
 @pytest.mark.parametrize(

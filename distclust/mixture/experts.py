@@ -1,0 +1,196 @@
+"""K experts as one module: each gives back its input, and its squared error is the energy of its cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distclust.mixture.convolutional import ConvolutionalAutoencoder
+from distclust.mixture.layers import ACTIVATIONS, uniform
+from distclust.mixture.settings import ModelSettings
+from distclust.mixture.sparse import (
+    Rows,
+    SparseRows,
+    expert_squared_errors,
+    n_rows,
+    rows_times,
+    square_norms,
+)
+
+
+class Experts(Protocol):
+    """What the mixture asks of K experts."""
+
+    def errors(self, x: Rows) -> Tensor:
+        """`||x - f_k(x)||^2` summed over features, (B, K)."""
+        ...
+
+    def codes(self, x: Rows) -> Tensor:
+        """The experts' codes, (B, K, J)."""
+        ...
+
+
+def build_experts(n_inputs: int, n_clusters: int, s: ModelSettings) -> nn.Module:
+    """The experts that the settings name, for inputs of that length."""
+    match s.experts:
+        case "constant":
+            return ConstantExperts(n_inputs, n_clusters)
+        case "low_rank":
+            return LowRankExperts(n_inputs, n_clusters, s.expert_code_size)
+        case "convolutional":
+            return ConvolutionalExperts(n_clusters, s)
+        case _:
+            return AutoencoderExperts(
+                n_inputs,
+                n_clusters,
+                s.expert_hidden,
+                s.expert_code_size,
+                activation=s.activation,
+                # an expert sees every row, so the statistics of a batch would not be its cluster's
+                norm="none" if s.norm == "none" else "layer",
+            )
+
+
+class ConstantExperts(nn.Module):
+    """K vectors in input space: the smallest expert, f_k(x) = m_k. The error is a squared distance."""
+
+    def __init__(self, n_features: int, n_clusters: int):
+        super().__init__()
+        # zeros: the first statistic ("expert_means") puts each at the mean of its pseudo-cluster
+        self.means = nn.Parameter(torch.zeros(n_features, n_clusters))
+
+    def errors(self, x: Rows) -> Tensor:
+        """`||x - m_k||^2`, (B, K)."""
+        dots = rows_times(x, self.means)
+        return (square_norms(x)[:, None] - 2.0 * dots + self.means.square().sum(0)).clamp_min(0.0)
+
+    def codes(self, x: Rows) -> Tensor:
+        raise ValueError("constant experts have no codes; use experts: autoencoder")
+
+
+class LowRankExperts(ConstantExperts):
+    """K affine subspaces: f_k(x) = m_k + U_k U_k'(x - m_k), with U_k (D, R) of orthonormal columns.
+
+    K linear autoencoders (a mixture of principal subspaces). The columns are made orthonormal by a QR
+    decomposition in each pass, so that the error is that of the projection whatever the optimiser does:
+    `||x - m||^2 - ||U'(x - m)||^2`.
+    """
+
+    def __init__(self, n_features: int, n_clusters: int, rank: int):
+        super().__init__(n_features, n_clusters)
+        if rank > n_features:
+            raise ValueError(
+                f"model.expert_code_size is {rank}; a subspace of {n_features} inputs has no more"
+            )
+        self.directions = uniform((n_clusters, n_features, rank), n_features)
+
+    def _projections(self, x: Rows) -> Tensor:
+        """U_k'(x - m_k), (B, K, R)."""
+        basis = torch.linalg.qr(self.directions).Q  # (K, D, R)
+        k, d, r = basis.shape
+        flat = basis.permute(1, 0, 2).reshape(d, k * r)  # (D, K*R)
+        own = torch.einsum("dk,kdr->kr", self.means, basis)
+        return rows_times(x, flat).view(n_rows(x), k, r) - own
+
+    def errors(self, x: Rows) -> Tensor:
+        """`||x - f_k(x)||^2`, (B, K)."""
+        return (super().errors(x) - self._projections(x).square().sum(2)).clamp_min(0.0)
+
+    def codes(self, x: Rows) -> Tensor:
+        return self._projections(x)
+
+
+class AutoencoderExperts(nn.Module):
+    """K autoencoders D -> hidden -> J -> hidden -> D in input space, held as stacked weights.
+
+    The first layers are one sparse product (D, K*H), the inner ones batched products, the last ones the exact
+    sparse error of K experts.
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        n_clusters: int,
+        hidden: Sequence[int],
+        code_size: int,
+        *,
+        activation: str = "relu",
+        norm: str = "none",
+    ):
+        super().__init__()
+        k = n_clusters
+        inner = [*hidden, code_size, *reversed(hidden)]
+        self.in_weight = uniform((n_features, k, inner[0]), n_features)
+        self.in_bias = uniform((k, inner[0]), n_features)
+        pairs = list(zip(inner[:-1], inner[1:], strict=True))
+        self.weights = nn.ParameterList(uniform((k, a, b), a) for a, b in pairs)
+        self.biases = nn.ParameterList(uniform((k, b), a) for a, b in pairs)
+        self.out_weight = uniform((n_features, k, inner[-1]), inner[-1])
+        self.out_bias = uniform((n_features, k), inner[-1])
+        self._code_layer = len(hidden) - 1  # inner layer i gives the codes: linear
+        self._activation = ACTIVATIONS[activation]
+        self._norm = norm == "layer"
+
+    def _activate(self, h: Tensor) -> Tensor:
+        """Normalised (without gain, each expert by itself) and activated, (B, K, H)."""
+        return self._activation(F.layer_norm(h, h.shape[-1:]) if self._norm else h)
+
+    def codes(self, x: Rows) -> Tensor:
+        """The experts' codes, (B, K, J)."""
+        return self._inner(x, 0, self._code_layer + 1, self._first(x))
+
+    def errors(self, x: Rows) -> Tensor:
+        """`||x - f_k(x)||^2` summed over features, (B, K)."""
+        h = self._inner(x, 0, len(self.weights), self._first(x))
+        return expert_squared_errors(x, h, self.out_weight, self.out_bias)
+
+    def codes_and_errors(self, x: Rows) -> tuple[Tensor, Tensor]:
+        """Both of the above in one pass."""
+        codes = self.codes(x)
+        h = self._inner(x, self._code_layer + 1, len(self.weights), codes)
+        return codes, expert_squared_errors(x, h, self.out_weight, self.out_bias)
+
+    def _first(self, x: Rows) -> Tensor:
+        d, k, h1 = self.in_weight.shape
+        h = rows_times(x, self.in_weight.reshape(d, k * h1)).view(n_rows(x), k, h1) + self.in_bias
+        return self._activate(h)
+
+    def _inner(self, x: Rows, first: int, last: int, h: Tensor) -> Tensor:
+        """Inner layers from `first` up to `last`, (B, K, H)."""
+        for i in range(first, last):
+            h = torch.einsum("bkh,khj->bkj", h, self.weights[i]) + self.biases[i]
+            if i != self._code_layer:
+                h = self._activate(h)
+        return h
+
+
+class ConvolutionalExperts(nn.Module):
+    """K small convolutional autoencoders on images (DAMIC for images; the paper's layers are not known)."""
+
+    def __init__(self, n_clusters: int, s: ModelSettings):
+        super().__init__()
+        self.experts = nn.ModuleList(
+            ConvolutionalAutoencoder(s, conv=s.expert_conv, code_size=s.expert_code_size)
+            for _ in range(n_clusters)
+        )
+
+    def _each(self) -> Iterator[ConvolutionalAutoencoder]:
+        for expert in self.experts:
+            assert isinstance(expert, ConvolutionalAutoencoder)
+            yield expert
+
+    def errors(self, x: Rows) -> Tensor:
+        """`||x - f_k(x)||^2` summed over pixels, (B, K)."""
+        x = x.to_dense() if isinstance(x, SparseRows) else x
+        found = []
+        for expert in self._each():
+            z, layers = expert.encode_with_layers(x)
+            found.append(expert.recon_error(z, x, layers))
+        return torch.stack(found, dim=1)
+
+    def codes(self, x: Rows) -> Tensor:
+        return torch.stack([expert.encode(x) for expert in self._each()], dim=1)

@@ -1,0 +1,115 @@
+"""A row of the table: a choice in each slot, and the rules that choices must keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from distclust.mixture.energies import find_dissimilarity
+from distclust.mixture.settings import ModelSettings, Phase, one_of
+from distclust.mixture.statistics import STATISTICS
+from distclust.mixture.terms import AGGREGATOR_TERMS, TERMS
+
+STARTS = frozenset({"initialise_clusters", "pinv_gate", "gaussian_start"})
+"""What a phase may begin with, beside a statistic: see training/initialise.py."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    paper: str
+    summary: str
+    network: Literal["autoencoder", "variational", "none"] = "autoencoder"
+    energy: Literal["experts", "dissimilarity", "student", "gaussian", "none"]
+    gate: Literal["network", "expert_codes", "linear", "tied", "prior", "hard"]
+    aggregator: Literal["LSE", "EXP", "MIN", "MIX", "FREE", "TARGET", "NONE"]
+    readout: Literal["gate", "responsibility", "energy", "kmeans"]
+    settings: ModelSettings
+    phases: tuple[Phase, ...]
+    target: str = "-"
+    reconstruction: str = "-"
+    regulariser: str = "-"
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def terms(self) -> frozenset[str]:
+        """Every term of every phase."""
+        return frozenset(name for phase in self.phases for name, _ in phase.terms)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a frozen copy of the model is kept."""
+        return any("teacher" in self.statistics_of(phase) for phase in self.phases)
+
+    def statistics_of(self, phase: Phase) -> tuple[str, ...]:
+        """The statistics that a phase keeps: its own, those its terms need, batch normalisation's sums."""
+        names = dict.fromkeys(phase.statistics)
+        for term, _ in phase.terms:
+            names |= dict.fromkeys(sorted(TERMS[term].statistics))
+        if self.settings.balance and "lse_clean_teacher" in dict(phase.terms):
+            names["gate_usage"] = None
+        if "teacher" in names:  # it has the frequencies too
+            names.pop("gate_usage", None)
+        if self.settings.norm == "batch" and phase.trains:
+            names["batch_norm"] = None
+        return tuple(names)
+
+    def check(self) -> None:
+        """Refuse a row whose slots contradict each other.
+
+        Raises:
+            ValueError: with the rule that is broken.
+        """
+        where = f"method {self.name}"
+        self._check_slots(where)
+        used: set[str] = set()
+        for phase in self.phases:
+            for name, _ in phase.terms:
+                one_of(f"{where}, phase {phase.name}: term", name, TERMS)
+                used.add(name)
+            for name in (*phase.statistics, *phase.begin):
+                one_of(f"{where}, phase {phase.name}: statistic", name, {*STATISTICS, *STARTS})
+        names = AGGREGATOR_TERMS.get(self.aggregator, frozenset())
+        by_em = any("em" in phase.statistics for phase in self.phases)
+        if names and self.phases and not used & names and not by_em:
+            raise ValueError(f"{where}: no phase has the term of its aggregator {self.aggregator}")
+        if by_em and not find_dissimilarity(self.settings.dissimilarity).is_bregman:
+            raise ValueError(
+                f"{where}: the weighted mean is the best centroid of a Bregman divergence only; expected "
+                "squared_euclidean, mahalanobis, kullback_leibler, itakura_saito or i_divergence, found "
+                f"{self.settings.dissimilarity}: use dmae-lse or dmae-exp, which descend by gradient"
+            )
+
+    def _check_slots(self, where: str) -> None:
+        if self.aggregator in ("LSE", "FREE") and self.gate in ("tied", "hard"):
+            raise ValueError(
+                f"{where}: {self.aggregator} needs a prior or network gate, found {self.gate}: "
+                "a tied gate already holds the energies, they would count twice"
+            )
+        if self.gate == "prior" and self.readout != "responsibility":
+            raise ValueError(f"{where}: a prior gate is the same for every row; read out the responsibility")
+        if self.aggregator == "MIX" and (
+            self.energy != "dissimilarity" or self.gate not in ("tied", "network")
+        ):
+            raise ValueError(
+                f"{where}: MIX needs parameters that can be mixed and a gate; experts cannot be mixed"
+            )
+        if self.aggregator == "TARGET" and self.gate not in ("tied", "network", "linear", "expert_codes"):
+            raise ValueError(f"{where}: TARGET needs a gate that can be trained, found {self.gate}")
+        if self.gate == "expert_codes" and (
+            self.energy != "experts" or self.settings.experts in ("constant", "convolutional")
+        ):
+            raise ValueError(f"{where}: a gate on the experts' codes needs experts that have codes")
+        without = self.energy == "none"
+        if without and (self.aggregator not in ("TARGET", "NONE") or self.gate in ("tied", "hard")):
+            raise ValueError(f"{where}: without energies only a gate of its own and TARGET can be trained")
+        if without and self.readout in ("energy", "responsibility"):
+            raise ValueError(f"{where}: without energies there is no {self.readout} to read out")
+        if self.network == "none" and self.terms & {"reconstruction", "squared_reconstruction"}:
+            raise ValueError(f"{where}: without a network there is nothing to reconstruct")
+        if self.network != "variational" and "variational_entropy" in self.terms:
+            raise ValueError(f"{where}: variational_entropy needs a variational network")

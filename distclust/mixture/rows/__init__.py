@@ -1,0 +1,1 @@
+"""The rows, by family; `methods.METHODS` is the table."""

@@ -1,0 +1,243 @@
+"""What a row of the table is made of: settings of its slots, optimisers, and phases of a schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distclust.mixture.energies import DISSIMILARITIES, NORMALISERS
+from distclust.mixture.imports import is_import_path
+from distclust.mixture.layers import ACTIVATIONS
+
+
+def one_of(field_name: str, value: str, allowed: object) -> None:
+    """Raises ValueError with the names that may be used."""
+    names = sorted(allowed)  # type: ignore[call-overload]
+    if value not in names:
+        raise ValueError(f"{field_name} is {value!r}; expected one of: {', '.join(names)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """Sizes, temperatures and choices inside the slots; a row has its own, a recipe may change them."""
+
+    hidden: tuple[int, ...] = (256,)
+    """Widths of the autoencoder between the rows and the codes; mirrored in the decoder."""
+    code_size: int = 64
+    """J, the length of a code; of no use where the row has no network."""
+    activation: str = "relu"
+    """relu, leaky_relu, elu, tanh or sigmoid."""
+    norm: Literal["none", "layer", "batch"] = "none"
+    """Normalisation of the hidden layers; batch normalises each lane by itself."""
+    input_dropout: float = 0.0
+    """Share of a row's entries that the autoencoder does not see while it is pretrained."""
+    hidden_dropout: float = 0.0
+    """Dropout after each hidden layer of the encoder, in the phases that say so (DEPICT's noise)."""
+    output: Literal["linear", "sigmoid"] = "linear"
+    """The decoder's output: linear with squared error, or sigmoid with cross-entropy (rows in [0, 1])."""
+    unit_codes: bool = False
+    """Whether energies and k-means see the codes on the unit sphere."""
+    image: tuple[int, ...] = ()
+    """(channels, height, width) of rows that are images, channels first; empty for other rows."""
+    conv: tuple[tuple[int, int, int, int], ...] = ()
+    """Convolutional layers (channels, kernel, stride, pooling) of the autoencoder, used where `image` is
+    set."""
+    conv_padding: Literal["same", "valid"] = "same"
+    """Padding of the convolutions."""
+    experts: Literal["autoencoder", "constant", "low_rank", "convolutional"] = "autoencoder"
+    """What f_k is: an autoencoder, one vector, an affine subspace, or a convolutional autoencoder."""
+    expert_space: Literal["rows", "codes"] = "rows"
+    """What the experts reconstruct: the rows, or the codes of the pretrained autoencoder."""
+    expert_hidden: tuple[int, ...] = (256,)
+    """Widths of an expert between its input and its codes."""
+    expert_code_size: int = 10
+    """Length of an expert's code; the rank of a low-rank expert."""
+    expert_conv: tuple[tuple[int, int, int, int], ...] = ((16, 5, 2, 1), (32, 5, 2, 1))
+    """Layers of a convolutional expert."""
+    gate_hidden: tuple[int, ...] = (256,)
+    """Widths of the gate network between its input and the K logits."""
+    gate_conv: tuple[tuple[int, int, int, int], ...] = ()
+    """Convolutional layers of the gate, before `gate_hidden`; used where `image` is set."""
+    gate_dropout: float = 0.0
+    """Dropout on the gate's input and hidden layers, in the phases that say so."""
+    tau: float = 1.0
+    """Temperature of LSE and FREE, in units of the energies."""
+    tau_spread: float | None = None
+    """When set, tau becomes this factor times the spread of the energies, measured as the joint phase
+    begins."""
+    balance: float = 0.0
+    """eta in w ~ p exp(-E / tau) / f^eta: 1 pulls towards equal clusters, 0 is the likelihood."""
+    target_kappa: float = 2.0
+    """kappa of the target t ~ p^kappa / f^eta (DEC: 2)."""
+    target_eta: float = 1.0
+    """eta of the target t ~ p^kappa / f^eta (DEC: 1, DEPICT: 1/2)."""
+    alpha: float = 1000.0
+    """Inverse temperature of a tied gate."""
+    dissimilarity: str = "euclidean"
+    """d(z, theta_k): a name of energies.DISSIMILARITIES, or a function of your own as module:name."""
+    p: float = 3.0
+    """Minkowski's exponent."""
+    interval: float = 2.0
+    """Length of the torus in each direction."""
+    normaliser: str = "softmax_abs"
+    """How Kullback-Leibler puts codes on the simplex."""
+    degrees: float = 1.0
+    """Degrees of freedom of the heavy-tailed energy (DEC: 1)."""
+    log_det: float = 0.0
+    """Weight of the log-determinant of a Mahalanobis precision: 1 makes it a proper Gaussian, 0 is DMAE as
+    published."""
+    rotation: float = 0.0
+    """Largest rotation of an image, in radians, in the phases whose noise names augment (DMAE: 0.3)."""
+    shift: float = 0.0
+    """Largest shift of an image in each direction, in pixels (DMAE: 2)."""
+    recentre_every: int = 1
+    """Epochs between two closed-form updates of the centroids, where a phase keeps them so."""
+    network: str = ""
+    """A network of your own as module:name, in place of the row's."""
+
+    def __post_init__(self) -> None:
+        one_of("model.activation", self.activation, ACTIVATIONS)
+        if not is_import_path(self.dissimilarity):
+            one_of("model.dissimilarity", self.dissimilarity, DISSIMILARITIES)
+        if self.network and not is_import_path(self.network):
+            raise ValueError(f"model.network is {self.network!r}; expected an import path module:name")
+        one_of("model.normaliser", self.normaliser, NORMALISERS)
+        for name in ("hidden", "expert_hidden"):
+            widths = getattr(self, name)
+            if not widths or min(widths) < 1:
+                raise ValueError(f"model.{name} is {list(widths)}; expected one or more widths of at least 1")
+        if self.gate_hidden and min(self.gate_hidden) < 1:
+            raise ValueError(f"model.gate_hidden is {list(self.gate_hidden)}; expected widths of at least 1")
+        for name in ("code_size", "expert_code_size", "recentre_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("input_dropout", "hidden_dropout", "gate_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; expected a share in [0, 1)")
+        for name in ("tau", "alpha", "tau_spread", "degrees", "target_kappa"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"model.{name} is {value}; expected a number above 0")
+        for name in ("balance", "target_eta", "rotation", "shift"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; expected 0 or more")
+        if self.p < 1:
+            raise ValueError(f"model.p is {self.p}; Minkowski's exponent is at least 1")
+        if not self.interval > 0:
+            raise ValueError(f"model.interval is {self.interval}; expected a length above 0")
+        self._check_images()
+
+    def _check_images(self) -> None:
+        if self.image and (len(self.image) != 3 or min(self.image) < 1):
+            raise ValueError(
+                f"model.image is {list(self.image)}; expected [channels, height, width], channels first"
+            )
+        for name in ("conv", "expert_conv", "gate_conv"):
+            for layer in getattr(self, name):
+                if min(layer) < 1:
+                    raise ValueError(
+                        f"model.{name} has the layer {list(layer)}; expected [channels, kernel, stride, "
+                        "pooling], each at least 1"
+                    )
+        for name in ("rotation", "shift"):
+            if getattr(self, name) and not self.image:
+                raise ValueError(f"model.{name} is set and model.image is not: only images are augmented")
+        if self.experts == "convolutional" and not (self.image and self.expert_space == "rows"):
+            raise ValueError("model.experts is convolutional: it needs model.image, and rows to reconstruct")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """How a phase descends."""
+
+    name: Literal["adam", "sgd"] = "adam"
+    """Fused Adam, or SGD with momentum."""
+    learning_rate: float = 1e-3
+    """Step size."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    nesterov: bool = False
+    """Whether SGD's momentum is Nesterov's."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """L2 added to the gradient."""
+    decay: float = 1.0
+    """The step size is multiplied by this every `decay_epochs`."""
+    decay_epochs: int = 1
+    """Epochs between two decays."""
+    floor: float = 0.0
+    """The step size does not decay below this."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; expected a number above 0")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay is {self.decay}; expected a factor above 0, and 1 at most")
+        if self.decay_epochs < 1:
+            raise ValueError(f"decay_epochs is {self.decay_epochs}; expected at least 1")
+        if self.nesterov and self.momentum <= 0:
+            raise ValueError("nesterov is set and momentum is 0; Nesterov's step needs a momentum")
+
+    def rate(self, epoch: int) -> float:
+        """The step size in an epoch of the phase, from 0."""
+        return max(self.learning_rate * self.decay ** (epoch // self.decay_epochs), self.floor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One part of a schedule: what is trained on which terms, for how many epochs."""
+
+    name: str
+    epochs: int
+    """Passes over the data; 0 for a phase that only begins (an initialisation)."""
+    trains: tuple[str, ...] = ()
+    """Submodules with gradients: network, experts, energy, gate. None: the epochs are passes of its
+    statistics (EM)."""
+    terms: tuple[tuple[str, float], ...] = ()
+    """Terms of the loss and their weights."""
+    statistics: tuple[str, ...] = ()
+    """Statistics kept while it runs."""
+    begin: tuple[str, ...] = ()
+    """What happens once as it begins: 'initialise_clusters', another start, or a statistic with
+    when = 'begin'."""
+    noise: tuple[str, ...] = ()
+    """Submodules whose dropout is on; 'augment' disturbs images."""
+    refresh_steps: int = 0
+    """Steps between two refreshes of the teacher's target; 0: once an epoch."""
+    stop_label_change: float = 0.0
+    """Ends the phase when fewer than this share of the labels moved between two refreshes; 0: never."""
+    anneal: Literal["none", "alpha", "tau"] = "none"
+    """alpha: DKM's growing inverse temperature; tau: from anneal_from times the temperature down to it."""
+    anneal_epochs: int = 5
+    """Epochs at each value of DKM's schedule."""
+    anneal_from: float = 8.0
+    """Where tau starts, as a multiple of where it ends."""
+    average_last_epoch: bool = False
+    """Whether the weights become their mean over the steps of the last epoch (AE-CM)."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise ValueError(f"phases.{self.name}.epochs is {self.epochs}; expected 0 or more")
+        if self.epochs and self.trains and not self.terms:
+            raise ValueError(f"phase {self.name} has {self.epochs} epochs and no term to train on")
+        if self.epochs and not self.trains and not self.statistics:
+            raise ValueError(f"phase {self.name} has {self.epochs} epochs and nothing that they change")
+        if self.refresh_steps < 0 or not 0 <= self.stop_label_change < 1:
+            raise ValueError(
+                f"phase {self.name}: refresh_steps is {self.refresh_steps} and stop_label_change "
+                f"{self.stop_label_change}; expected 0 or more, and a share in [0, 1)"
+            )
+        if self.stop_label_change and "teacher" not in self.statistics:
+            raise ValueError(
+                f"phase {self.name} stops by label changes, which its teacher counts; expected the "
+                "statistic 'teacher'"
+            )
+        if self.anneal_epochs < 1 or not self.anneal_from > 0:
+            raise ValueError(f"phase {self.name}: anneal_epochs and anneal_from must be above 0")
+
+    @property
+    def by_sweeps(self) -> bool:
+        """Whether an epoch is one pass of the phase's statistics and no step of an optimiser."""
+        return self.epochs > 0 and not self.trains
