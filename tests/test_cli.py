@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from distclust.cli import app
+from distclust.mixture.catalogue import ESTIMATORS, MISSING, taxonomy
 from distclust.mixture.methods import METHODS
 from stories import records, snapshot, tiny_recipe, write_jsonl
 
@@ -56,7 +58,7 @@ def test_every_command_explains_itself(name):
     assert result.exit_code == 0
     text = plain(result.output)
     assert len(text) > 250
-    if name in ("prepare", "train", "assign", "evaluate"):
+    if name in ("prepare", "train", "assign", "evaluate", "methods"):
         assert f"Example: distclust {name}" in text or f"Examples: distclust {name}" in text
 
 
@@ -88,14 +90,62 @@ def test_help_is_quick():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_methods_prints_the_table():
-    text = plain(call("methods").output)
-    for name, row in METHODS.items():
-        assert name in text
-        assert plain(row.summary) in text
-        assert plain(row.paper) in text
-    for slot in ("energy", "gate", "aggregator", "readout", "reconstruction", "regulariser"):
-        assert slot in text
+def test_methods_prints_the_whole_table():
+    result = call("methods")
+    assert result.exit_code == 0
+    assert max(map(len, result.output.splitlines())) <= 80
+    text = plain(result.output)
+    for row in (*METHODS.values(), *ESTIMATORS.values()):
+        for said in (row.name, row.summary, row.paper, *dataclasses.asdict(taxonomy(row)).values()):
+            assert plain(said) in text, (row.name, said)
+    for missing in MISSING.values():
+        assert plain(f"{missing.name} {missing.kind}: {missing.reason}") in text
+    for slot in ("network", "energy", "gate", "aggregator", "readout", "reconstruction", "regulariser"):
+        assert text.count(f" {slot} ") >= len(METHODS) + len(ESTIMATORS)
+    assert text.count("cluster update") == len(METHODS) + len(ESTIMATORS)
+
+
+def test_methods_in_brief_is_one_line_a_row():
+    lines = [line for line in call("methods", "--brief").output.splitlines() if line]
+    for name in (*METHODS, *ESTIMATORS, *MISSING):
+        assert sum(line.startswith(f"{name} ") for line in lines) == 1, name
+    assert len(lines) == len(METHODS) + len(ESTIMATORS) + len(MISSING) + 3
+    assert call("methods", "--brief", "dmae").output.startswith("dmae ")
+
+
+def test_methods_of_one_name_is_that_row_in_full():
+    text = plain(call("methods", "damic-text").output)
+    for said in (
+        "phase joint",
+        "epochs 12",
+        "lse_clean_teacher x 1",
+        "tau_spread 0.5",
+        "learning_rate 0.001",
+    ):
+        assert said in text, said
+    assert "dmae" not in text
+    text = plain(call("methods", "gmm").output)
+    assert "covariance diagonal" in text
+    assert "max_rows 200000" in text
+    assert "neighbours" not in text
+    text = plain(call("methods", "spectralnet").output)
+    assert text == plain(
+        f"SpectralNet outside the slots: {MISSING['SpectralNet'].reason} (Shaham et al. 2018)"
+    )
+
+
+def test_methods_as_json():
+    table = json.loads(call("methods", "--json").output)
+    assert [row["name"] for row in table["methods"]] == list(METHODS)
+    assert [row["name"] for row in table["estimators"]] == list(ESTIMATORS)
+    assert [row["name"] for row in table["missing"]] == list(MISSING)
+    row = next(row for row in table["methods"] if row["name"] == "dmae")
+    assert row["settings"]["alpha"] == 1000.0
+    assert row["slots"]["aggregator"] == "MIX"
+    assert row["phases"][-1]["terms"][0] == ["mix", 1.0]
+    assert row["taxonomy"]["combination"] == "pretrain, then joint"
+    assert json.loads(call("methods", "dmae", "--json").output) == row
+    assert json.loads(call("methods", "JULE", "--json").output) == dataclasses.asdict(MISSING["JULE"])
 
 
 # ---- the way
@@ -187,6 +237,23 @@ def test_evaluate_a_run(work):
     assert "60 of 60 documents scored" in text
 
 
+def test_a_run_of_an_estimator(work, tmp_path):
+    run = tmp_path / "run"
+    result = call("train", work / "tiny.yaml", "method=gmm", "--run", run)
+    assert result.exit_code == 0, result.output
+    assert "gmm, seed 0" in result.stdout
+    assert f"{run}/assignments" in result.stdout
+    assert "model" not in result.stdout
+    assert "model and phases of the recipe: left out, since gmm is scikit-learn's" in plain(result.stderr)
+    found = json.loads(call("evaluate", run, "--json").stdout)
+    assert found["ari"] == json.loads((run / "summary.json").read_text())["ari"]
+    refused = call("assign", run, tmp_path / "new.jsonl", "--out", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "is a run of gmm, which is scikit-learn's and keeps no model" in plain(refused.stderr)
+    again = call("train", work / "tiny.yaml", "method=gmm", "--run", run)
+    assert "nothing was done" in again.stdout
+
+
 # ---- mistakes
 
 
@@ -199,6 +266,10 @@ def test_evaluate_a_run(work):
         (["train", "smoke", "method=dmic"], 2, "did you mean 'damic'?"),
         (["train", "smoke", "clusters"], 2, "key=value"),
         (["train", "smoke", "model.tau=["], 2, "not YAML"),
+        (["train", "smoke", "method=gmn"], 2, "did you mean 'gmm'?"),
+        (["train", "smoke", "method=gmm", "estimator.covarance=full"], 2, "did you mean 'covariance'?"),
+        (["methods", "idek"], 2, "did you mean 'idec'?"),
+        (["methods", "k-mean"], 2, "did you mean 'k-means'?"),
         (["prepare", "smoke", "source.name=files", "source.files=[none.csv]"], 2, "none.csv was not found"),
         (["assign", "nowhere", "a.csv"], 2, "nowhere holds no model"),
         (["assign", "nowhere"], 2, "no documents are given"),
