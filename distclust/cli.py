@@ -269,7 +269,8 @@ def methods(
 
     A method is a choice in each slot. A recipe names one (method=NAME) and may change its settings (model.*,
     or estimator.* for scikit-learn's) and its schedule (phases.PHASE.*). Each row is also described by the
-    building blocks of Aljalbout et al. 2018, read off its slots and phases.
+    building blocks of Aljalbout et al. 2018 (architecture to after training), read off its slots and
+    phases.
 
     Examples: distclust methods --brief
 

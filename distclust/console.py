@@ -213,9 +213,12 @@ def print_methods(table: dict[str, list[dict[str, Any]]], brief: bool = False) -
         out.print(Text(heading, style="bold underline"))
         if not brief:
             out.print()
+        if part == "missing" and not brief:
+            out.print(_pairs({r["name"]: f"{r['kind']}: {r['reason']} ({r['paper']})" for r in table[part]}))
+            continue
         for row in table[part]:
             print_method(row, brief, whole=False)
-        if brief or part == "missing":
+        if brief:
             out.print()
 
 
@@ -243,7 +246,7 @@ def print_method(row: dict[str, Any], brief: bool = False, *, whole: bool = True
     if whole:
         for phase in row["phases"]:
             out.print(Text(f"phase {phase['name']}", style="bold"))
-            out.print(_pairs({key: _plain(v) for key, v in phase.items() if key != "name"}))
+            out.print(_pairs({key: _plain(v) for key, v in phase.items() if _says_something(phase, key)}))
         out.print(Text("settings", style="bold"))
         out.print(_pairs({key: _plain(value) for key, value in row["settings"].items()}))
     out.print()
@@ -256,6 +259,15 @@ def _pairs(lines: dict[str, str]) -> Table:
     for name, value in lines.items():
         table.add_row(f"  {name}", Text(value))
     return table
+
+
+def _says_something(phase: dict[str, Any], key: str) -> bool:
+    """Whether a phase makes use of this field."""
+    if key == "name" or (key == "optimizer" and not phase["trains"]):
+        return False
+    if key.startswith("anneal"):
+        return bool(phase["anneal"] != "none")
+    return key == "epochs" or bool(phase[key])
 
 
 def _plain(value: Any) -> str:

@@ -67,7 +67,7 @@ def baselines_of(
     if config.method in ESTIMATORS:
         return kinds
     before, start = code_phase(config), start_phase(config)
-    if before in phases:
+    if before is not None and before in phases:
 
         def codes() -> dict[str, Labels]:
             found = code_baselines(encode_corpus(model_after(before), corpus), k, seed)
