@@ -26,7 +26,7 @@ from distclust.corpus.shards import Corpus
 from distclust.errors import ConfigError, DistclustError
 from distclust.results.evaluate import class_numbers
 from distclust.run import is_finished, prepare_run, train_run
-from distclust.run_folder import write_json
+from distclust.run_folder import DONE, Done, write_json
 from jobs._tables import (
     FAILED,
     MACHINE,
@@ -58,6 +58,10 @@ def run_cell(config: dict[str, Any], folder: str, corpus: str, not_prepared: str
         (here / FAILED).unlink(missing_ok=True)
         parsed = from_dict(config)
         write_json(here / MACHINE, {"words": _machine(parsed.cluster.gpus_per_worker)})
+        if not (here / DONE).exists():  # k-means and LSA on the rows are rows of a table, not of each cell
+            done = Done(here / DONE)
+            done.baselines["rows"] = {}
+            done.save()
         train_run(parsed, here, corpus_root=corpus)
     except Exception as error:  # whatever it is, the other cells go on
         reason = f"{type(error).__name__}: {error}"

@@ -6,12 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distclust.config import to_dict
+from distclust.corpus.shards import Corpus
 from distclust.errors import ConfigError
-from jobs._tables import PROTOCOLS, Line, Table, load_table, merge_recipes, plan, read_cells, table_names
-from jobs.paper_tables import main, markdown, run_cell, write_between
+from distclust.results.evaluate import class_numbers
+from jobs._tables import (
+    PROTOCOLS,
+    Line,
+    Table,
+    corpus_folder,
+    load_table,
+    merge_recipes,
+    plan,
+    read_cells,
+    table_names,
+)
+from jobs.paper_tables import main, markdown, prepare_cell, run_cell, write_between
 
 TINY = """
 title: A small table
@@ -176,6 +189,8 @@ def test_finished_cells_stay_failed_ones_are_named_and_tried_again(
     first, second, third = lines
     assert first.summaries == {} and "late.jsonl was not found" in first.failures[0]
     assert second.failures == {} and 0 <= second.summaries[0]["nmi_geometric"] <= 1
+    assert "AE + k-means" in second.summaries[0]["baselines"]  # of its own network
+    assert "k-means" not in second.summaries[0]["baselines"]  # of the rows: the same in every cell
     assert third.summaries[0]["acc"] == second.summaries[0]["baselines"]["AE (l2) + k-means"]["acc"]
     assert main([path, "--seeds", "1", "--runs", str(runs), "--no-run"]) == 0
     shown = capsys.readouterr().out
@@ -201,6 +216,23 @@ def test_finished_cells_stay_failed_ones_are_named_and_tried_again(
     assert "finished with other settings (model.hidden[0]: 16 there, 17 asked)" in lines[1].failures[0]
     assert main([path, "--seeds", "1", "--runs", str(runs)]) == 0
     assert stamps(second.cells[0].folder) == before
+
+
+def test_rows_may_be_singular_directions_of_the_documents(tiny: Path, tmp_path: Path) -> None:
+    changed(tiny, "\nrows:\n", "\nsections:\n- lsa: 3\n  rows:\n")
+    line, _ = plan(load_table(str(tiny)), "cpu", 1, tmp_path)
+    (cell,) = line.cells
+    assert cell.documents is not None and cell.documents.source.name == "builtin"
+    text = corpus_folder(cell.documents, tmp_path)
+    assert prepare_cell(to_dict(cell.config), str(cell.corpus), to_dict(cell.documents), str(text)) is None
+    corpus = Corpus.open(cell.corpus)
+    assert (corpus.kind, corpus.n_rows, corpus.n_features) == ("dense", 300, 3)
+    rows = np.concatenate([corpus.shard(n).dense for n in range(len(corpus.shard_rows))])
+    lengths = np.linalg.norm(rows, axis=1)
+    np.testing.assert_allclose(lengths[lengths > 0], 1, rtol=1e-5)
+    # the same classes as those of the documents, by another name
+    truth, dense = class_numbers(Corpus.open(text)), class_numbers(corpus)
+    assert len(set(zip(truth.tolist(), dense.tolist(), strict=True))) == len(set(truth.tolist())) > 1
 
 
 @pytest.mark.slow
