@@ -14,9 +14,13 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
+from distclust.config import resolve
 from distclust.corpus.shards import Corpus, ShardWriter
+from distclust.mixture.methods import METHODS
 from distclust.results import baselines
 from distclust.results.baselines import code_baselines, corpus_baselines
+from distclust.run import train_run
+from stories import records, tiny_recipe, write_jsonl
 
 NAMES = ["k-means", "LSA + k-means"]
 
@@ -180,3 +184,41 @@ def test_collapsed_codes_end_no_run(caplog: pytest.LogCaptureFixture) -> None:
         found = code_baselines(np.zeros((100, 4), dtype=np.float32), 9, seed=0)
     assert all((labels == 0).all() for labels in found.values())
     assert "makes 1 clusters, not 9" in caplog.text
+
+
+# ---- beside a run of any row
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("stories") / "stories.jsonl", records(60))
+
+
+@pytest.mark.parametrize(
+    ("method", "beside"),
+    [
+        ("damic", ["AE + k-means", "AE (l2) + k-means", "gate after warm start"]),
+        ("damic-joint", []),
+        ("dmm", ["before joint training"]),
+        ("bregman", ["before joint training"]),
+        ("ae-kmeans", ["AE (l2) + k-means"]),
+        ("ae-cm-random", []),
+    ],
+)
+def test_a_run_gets_the_baselines_that_make_sense(
+    stories: Path, tmp_path: Path, method: str, beside: list[str]
+) -> None:
+    small = {"hidden": [8], "code_size": 4, "expert_hidden": [8], "gate_hidden": [8], "expert_code_size": 3}
+    phases = {phase.name: {"epochs": 1} for phase in METHODS[method].phases if phase.epochs}
+    recipe = {**tiny_recipe(stories), "method": method, "model": small, "phases": phases}
+    summary = train_run(resolve(recipe), tmp_path / "run")
+    assert list(summary["baselines"]) == [*NAMES, *beside]
+
+
+def test_one_of_the_two_may_be_left_out(sparse: tuple[Corpus, np.ndarray]) -> None:
+    corpus, _ = sparse
+    both = corpus_baselines(corpus, 4, seed=0)
+    for wanted, other in (NAMES, NAMES[::-1]):
+        found = corpus_baselines(corpus, 4, seed=0, leave_out=other)
+        assert list(found) == [wanted]
+        assert np.array_equal(found[wanted], both[wanted])

@@ -34,7 +34,7 @@ from distclust.results.estimators import (
     fit_estimator,
     neighbour_graph,
 )
-from distclust.run import assign_run, train_run
+from distclust.run import Listener, assign_run, train_run
 from stories import records, snapshot, tiny_recipe, write_jsonl
 
 SHARDS = (40, 0, 70, 61)
@@ -299,6 +299,35 @@ def test_a_run_leaves_what_every_run_leaves(stories, tmp_path, method, baselines
     assert snapshot(tmp_path / "run") == before
     with pytest.raises(DataError, match=rf"run of {method}, .*keeps no model.*assignments"):
         assign_run(tmp_path / "run", tmp_path / "run" / "corpus", tmp_path / "out")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["train", "assign", "baselines", "report"])
+def test_a_run_that_stopped_goes_on(stories, tmp_path, stage):
+    """What is there is kept: a fit whose assignments are whole is not made again."""
+
+    class Stopping(Listener):
+        def stage(self, name: str) -> None:
+            if name == stage:
+                raise Stop
+
+    run, folder = estimator_run(stories, "gmm"), tmp_path / "run"
+    expected = train_run(run, tmp_path / "whole", corpus_root=tmp_path / "whole" / "corpus")
+    with pytest.raises(Stop):
+        train_run(run, folder, listener=Stopping())
+    before = snapshot(folder)
+    fits = json.loads((folder / "done.json").read_text())["seconds"].get("fit")
+    summary = train_run(run, folder)
+    assert {k: v for k, v in summary.items() if k != "seconds"} == {
+        k: v for k, v in expected.items() if k != "seconds"
+    }
+    kept = "assignments/" if stage in ("baselines", "report") else "corpus/"
+    assert {k: v for k, v in before.items() if k.startswith(kept)}.items() <= snapshot(folder).items()
+    if kept == "assignments/":
+        assert summary["seconds"]["fit"] == fits
 
 
 def test_settings_of_its_own_keep_the_baseline_beside_it(stories, tmp_path):
