@@ -179,7 +179,7 @@ def test_a_sample_is_fitted_and_all_are_assigned(method, sparse, tmp_path):
 
 @pytest.mark.parametrize("method", ["k-means", "gmm", "lsa-kmeans", "nmf-kmeans"])
 def test_a_document_is_assigned_by_itself(method, sparse):
-    """Not by what else is in its block: NMF's weights depend on that unless its sweeps are fixed."""
+    """Not by what else is in its block."""
     run = config(method, components=4)
     fitted = fit_estimator(run, sparse)
     rows = estimators.gather(sparse, np.arange(sparse.n_rows))
@@ -187,6 +187,21 @@ def test_a_document_is_assigned_by_itself(method, sparse):
     alone = [fitted.predict(rows[i : i + 1], i, 3) for i in range(0, sparse.n_rows, 7)]
     assert [int(p.clusters[0]) for p in alone] == whole.clusters[::7].tolist()
     np.testing.assert_allclose([p.probabilities[0] for p in alone], whole.probabilities[::7], atol=1e-5)
+
+
+def test_weights_of_a_document_do_not_depend_on_its_block(sparse):
+    """As they would if NMF stopped by a tolerance over all rows of a block."""
+    rows = estimators.gather(sparse, np.arange(sparse.n_rows))
+    codes, weights = estimators._nmf(rows, 8, 0, EstimatorConfig())
+    alone = np.concatenate([weights(rows[i : i + 1]) for i in range(20)])
+    np.testing.assert_allclose(alone, codes[:20], atol=1e-6)
+
+
+def test_clusters_of_spectral_stay_with_their_documents(dense, tmp_path):
+    run = config("spectral")
+    fitted = fit_estimator(run, dense)
+    assert len(np.unique(fitted.labels[:40])) > 1
+    assert np.array_equal(assign_fitted(fitted, run, dense, tmp_path / "out").clusters(), fitted.labels)
 
 
 def test_parts_that_are_there_are_kept(sparse, tmp_path):
@@ -440,3 +455,9 @@ def test_phases_may_have_any_name():
     renamed = [dataclasses.replace(phase, name=f"p{i}") for i, phase in enumerate(run.phases)]
     other = dataclasses.replace(run, phases=tuple(renamed))
     assert (code_phase(other), start_phase(other)) == ("p0", ("p3", "gate after warm start"))
+
+
+def test_a_gate_that_has_learnt_nothing_is_no_baseline():
+    run = resolve({"method": "damic", "clusters": 3})
+    without = dataclasses.replace(run, phases=tuple(p for p in run.phases if p.name != "gate"))
+    assert start_phase(without) is None
