@@ -27,7 +27,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distclust.corpus.ahead import Ahead, shards_of_epoch, shards_of_scan
-from distclust.corpus.gather import Mapped, Resident, ResidentOnDevice, Rows, bytes_of, split_rows, upload
+from distclust.corpus.gather import (
+    Mapped,
+    Resident,
+    ResidentOnDevice,
+    Rows,
+    bytes_of,
+    split_rows,
+    upload,
+)
 from distclust.corpus.order import Order
 from distclust.corpus.shards import Corpus
 from distclust.errors import ConfigError, DataError
@@ -205,10 +213,9 @@ class Stream:
             slices = [order.lane_slice(epoch, lane, step * per_lane, stop * per_lane) for lane in self.lanes]
             chunk = []
             if stop <= self._full_steps and slices:  # every lane has all its rows in each of these steps
-                whole = np.stack(slices).reshape(len(slices), stop - step, per_lane).swapaxes(0, 1)
-                parts = whole.reshape(stop - step, -1)
+                by_lane = np.stack(slices).reshape(len(slices), stop - step, per_lane)
                 in_step, lane_rows = order.config.lanes * per_lane, (per_lane,) * len(slices)
-                for number, rows in enumerate(parts, start=step):
+                for number, rows in enumerate(by_lane.swapaxes(0, 1).reshape(stop - step, -1), start=step):
                     chunk.append(_Plan(epoch, number, in_step, self.lanes, lane_rows, rows))
             else:
                 for number in range(step, stop):
