@@ -278,8 +278,8 @@ def methods(
     """
     with reporting_errors(debug):
         from distclust.console import print_method, print_methods
-        from distclust.mixture.catalogue import row_data, table_data
         from distclust.mixture.methods import METHODS
+        from distclust.mixture.taxonomy import row_data, table_data
 
         row = None if name is None else _row(name)
         if as_json:

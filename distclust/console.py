@@ -201,7 +201,7 @@ def print_methods(table: dict[str, list[dict[str, Any]]], brief: bool = False) -
     """The whole table.
 
     Args:
-        table: what `mixture.catalogue.table_data` gives.
+        table: what `mixture.taxonomy.table_data` gives.
         brief: one line a row.
     """
     headings = {
@@ -226,7 +226,7 @@ def print_method(row: dict[str, Any], brief: bool = False, *, whole: bool = True
     """One row, or one method that has none.
 
     Args:
-        row: what `mixture.catalogue.row_data` gives, or a `Missing` as plain data.
+        row: what `mixture.taxonomy.row_data` gives, or a `Missing` as plain data.
         brief: in one line.
         whole: with all its settings, and each phase in full.
     """

@@ -14,8 +14,9 @@ import yaml
 from typer.testing import CliRunner
 
 from distclust.cli import app
-from distclust.mixture.catalogue import ESTIMATORS, MISSING, taxonomy
+from distclust.mixture.catalogue import ESTIMATORS, MISSING
 from distclust.mixture.methods import METHODS
+from distclust.mixture.taxonomy import taxonomy
 from stories import records, snapshot, tiny_recipe, write_jsonl
 
 COMMANDS = ("prepare", "train", "assign", "evaluate", "demo", "methods")

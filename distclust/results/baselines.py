@@ -23,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from distclust.config import RunConfig
-from distclust.mixture.catalogue import ESTIMATORS, EstimatorConfig, losses
+from distclust.mixture.catalogue import ESTIMATORS, EstimatorConfig
 from distclust.mixture.statistics import STATISTICS
+from distclust.mixture.taxonomy import losses
 from distclust.results.from_checkpoint import encode_corpus, predict_corpus
 from distclust.training.kmeans import assign_to_centroids, count_distinct, fit_kmeans, threads_for
 

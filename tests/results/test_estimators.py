@@ -21,9 +21,10 @@ from corpora import dense_rows, make_corpus
 from distclust.config import RunConfig, load_recipe, method_row, resolve
 from distclust.corpus.shards import Corpus
 from distclust.errors import ConfigError, DataError
-from distclust.mixture.catalogue import ESTIMATORS, MISSING, SLOTS, EstimatorConfig, taxonomy
+from distclust.mixture.catalogue import ESTIMATORS, MISSING, SLOTS, EstimatorConfig
 from distclust.mixture.energies import DISSIMILARITIES
 from distclust.mixture.methods import METHODS
+from distclust.mixture.taxonomy import taxonomy
 from distclust.results import estimators
 from distclust.results.assignment import Assignment, partial_of
 from distclust.results.baselines import code_phase, start_phase
