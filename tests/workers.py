@@ -11,6 +11,7 @@ torch and forks the workers of every job, so that a job costs what its steps cos
     stop     stop after this global step (a clean exception)  kill    [rank, global step]: that rank dies by
     SIGKILL there
     grads    write the gradients of the first step to this file and stop
+    together this job shares its processes with all jobs of its number of workers
     copy     [from, to]: a folder (the last that matches) copied beside the job file, before the job runs
 """
 
@@ -24,6 +25,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ class Recorder(NoHooks):
 
     def after_step(self, position: Position) -> None:
         step = position.global_step
-        if grads := self.job.get("grads"):
+        if (grads := self.job.get("grads")) is not None:
             if self.world.is_first:
                 found = {n: p.grad for n, p in self.trainer.trained.items() if p.grad is not None}
                 save_file({n: g.contiguous() for n, g in found.items()}, grads)
@@ -91,23 +93,29 @@ class RowRecorder(Recorder):
         self.trainer.step = step  # type: ignore[method-assign]
 
 
-def run_job(job: dict[str, Any], rank: int) -> None:
-    """One worker of a job."""
-    torch.set_num_threads(1)
-    if job["world"] > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{job['rendezvous']}", rank=rank, world_size=job["world"]
-        )
+def train(job: dict[str, Any]) -> None:
+    """A job's training on one worker; the process group is there."""
     world = World.current()
     hooks = RowRecorder(job, world) if job.get("rows") else Recorder(job, world)
     store = CheckpointStore(f"{job['run']}/checkpoints")
     hooks.trainer = Trainer(from_dict(job["config"]), Corpus.open(job["corpus"]), store, world, hooks)
     if isinstance(hooks, RowRecorder):
         hooks.attach()
-    try:
+    with contextlib.suppress(Stopped):
         hooks.trainer.run()
-    except Stopped:
-        return
+
+
+def join_group(rendezvous: str, rank: int, size: int) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+
+
+def run_job(job: dict[str, Any], rank: int) -> None:
+    """One worker of a job that has processes of its own."""
+    join_group(job["rendezvous"], rank, job["world"])
+    try:
+        train(job)
     except NonFiniteError as error:
         Path(f"{job['out']}.error-{rank}").write_text(str(error))
         sys.exit(3)
@@ -116,27 +124,69 @@ def run_job(job: dict[str, Any], rank: int) -> None:
             dist.destroy_process_group()
 
 
+def run_together(jobs: list[dict[str, Any]], folder: Path, rank: int) -> None:
+    """One worker of all jobs of a size, one after the other in one process group."""
+    join_group(jobs[0]["rendezvous"], rank, jobs[0]["world"])
+    for job in jobs:
+        if rank == 0:
+            prepare(job, folder)
+        if job["world"] > 1:
+            dist.barrier()
+        train(job)
+        Path(f"{job['out']}.ended-{rank}").touch()
+    if jobs[0]["world"] > 1:
+        dist.destroy_process_group()
+
+
+def prepare(job: dict[str, Any], folder: Path) -> None:
+    """The job's folder, with the checkpoint that it starts from."""
+    Path(job["run"]).mkdir(parents=True, exist_ok=True)
+    if copy := job.get("copy"):
+        found = sorted(glob.glob(copy[0]))[-1]
+        target = folder / copy[1]
+        shutil.copytree(
+            found, target / Path(found).name if copy[1].endswith("/") else target, dirs_exist_ok=True
+        )
+
+
+def wait(workers: list[Any], seconds: float) -> list[int]:
+    """Exit codes; who is not done in time is killed."""
+    for worker in workers:
+        worker.start()
+    end = time.monotonic() + seconds
+    for worker in workers:
+        worker.join(max(end - time.monotonic(), 1.0))
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+    return [worker.exitcode for worker in workers]
+
+
 def run_jobs(path: str) -> None:
-    """Every job in turn; exit codes of its workers go to `<out>.exit`."""
+    """Jobs that go together first, a spawn for each number of workers; then the others in turn.
+
+    Exit codes of a job's workers go to `<out>.exit`.
+    """
     context = multiprocessing.get_context("fork")
-    for number, job in enumerate(json.loads(Path(path).read_text())):
+    folder = Path(path).parent
+    jobs = json.loads(Path(path).read_text())
+    for number, job in enumerate(jobs):
         job["rendezvous"] = f"{path}.rendezvous-{number}"
-        Path(job["run"]).mkdir(parents=True, exist_ok=True)
-        if copy := job.get("copy"):
-            found = sorted(glob.glob(copy[0]))[-1]
-            target = Path(path).parent / copy[1]
-            shutil.copytree(
-                found, target / Path(found).name if copy[1].endswith("/") else target, dirs_exist_ok=True
-            )
+    for size in sorted({job["world"] for job in jobs if job.get("together")}):
+        group = [job for job in jobs if job.get("together") and job["world"] == size]
+        codes = wait(
+            [context.Process(target=run_together, args=(group, folder, rank)) for rank in range(size)], 400
+        )
+        for job in group:
+            ended = [Path(f"{job['out']}.ended-{rank}").exists() for rank in range(size)]
+            found = [0 if e else code or 1 for e, code in zip(ended, codes, strict=True)]
+            Path(f"{job['out']}.exit").write_text(json.dumps(found))
+    for job in jobs:
+        if job.get("together"):
+            continue
+        prepare(job, folder)
         workers = [context.Process(target=run_job, args=(job, rank)) for rank in range(job["world"])]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(120)
-            if worker.is_alive():
-                worker.kill()
-                worker.join()
-        Path(f"{job['out']}.exit").write_text(json.dumps([worker.exitcode for worker in workers]))
+        Path(f"{job['out']}.exit").write_text(json.dumps(wait(workers, 120)))
 
 
 if __name__ == "__main__":

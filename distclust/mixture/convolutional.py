@@ -210,7 +210,7 @@ def _unpool(h: Tensor, shape: _Shape, switches: Tensor | None) -> Tensor:
         rows = torch.arange(shape.pooled[0], device=h.device) * shape.pooling * shape.after[1]
         columns = torch.arange(shape.pooled[1], device=h.device) * shape.pooling
         switches = (rows[:, None] + columns).expand_as(h)
-    return F.max_unpool2d(h, switches, [shape.pooling], output_size=list(shape.after))
+    return F.max_unpool2d(h, switches, [shape.pooling, shape.pooling], output_size=list(shape.after))
 
 
 class ConvolutionalClassifier(nn.Module):

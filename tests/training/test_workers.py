@@ -16,14 +16,22 @@ import runs
 from corpora import make_corpus
 from distclust.mixture.methods import METHODS
 
-ROWS: dict[str, dict[str, Any]] = {
-    "damic": {},
-    "damic-text": {},
+CHANGES: dict[str, dict[str, Any]] = {
     "dmae": {"model": {"alpha": 5.0}},
+    "ae-dmm": {"model": {"alpha": 5.0}},
+    "dmm": {"model": {"alpha": 5.0}},
+    "dkm": {"model": {"alpha": 5.0}},
     # precisions of 61 rows are large: at 0.01 rounding errors grow from step to step
     "dmae-text": {"model": {"dissimilarity": "mahalanobis"}, "learning_rate": 0.001},
+    "dmae-lse": {"learning_rate": 0.001},
+    "vade": {"learning_rate": 0.001},
 }
-"""Every row of the table, with changes of its configuration."""
+"""Changes of a row's configuration."""
+ROWS = tuple(METHODS)
+KILLED_EVERYWHERE = ("damic", "damic-text", "dmae", "dmae-text")
+"""Rows that lose a worker in each phase on 1, 2 and 3 workers."""
+KILLED = ("idec", "dcn", "ae-cm", "aljalbout", "vade", "bregman")
+"""Rows with other state (teacher, running means, weight average, batch norm, EM) that lose one of two."""
 STEPS = 8
 """Two epochs of four steps a phase."""
 Job = dict[str, Any]
@@ -34,7 +42,18 @@ def trained_phases(method: str) -> list[str]:
 
 
 def total_steps(method: str) -> int:
-    return STEPS * len(trained_phases(method))
+    """Steps of all phases; an epoch without an optimiser counts as one."""
+    return sum(2 if p.by_sweeps else STEPS for p in METHODS[method].phases if p.epochs)
+
+
+def worlds_of(method: str) -> tuple[int, ...]:
+    return (1, 2, 3) if method in KILLED_EVERYWHERE else (2,) if method in KILLED else ()
+
+
+def gradient_phases(method: str) -> list[str]:
+    """Every phase of the rows that this began with, the last one of the others: the first are the same."""
+    found = [p.name for p in METHODS[method].phases if p.epochs and not p.by_sweeps]
+    return found if method in KILLED_EVERYWHERE else found[-1:]
 
 
 class Jobs:
@@ -47,11 +66,10 @@ class Jobs:
         self.whole: dict[tuple[str, int], Job] = {}
         self.gradients: dict[tuple[str, str, int], Job] = {}
         self.killed: dict[tuple[str, int], list[Job]] = {}
-        self.stepwise: list[Job] = []
         self.moved: dict[tuple[str, int], Job] = {}
 
     def add(self, name: str, method: str, world: int, **more: Any) -> Job:
-        changes = {**ROWS[method], **more.pop("changes", {})}
+        changes = {**CHANGES.get(method, {}), **more.pop("changes", {})}
         one = runs.job(
             runs.tiny_config(method, **changes), self.corpus, self.folder / name, world, rows=True, **more
         )
@@ -60,15 +78,12 @@ class Jobs:
 
     def plan(self) -> None:
         for method in ROWS:
-            for world in (1, 2, 3):
-                self.whole[method, world] = self.add(f"{method}-{world}", method, world)
+            for world in sorted({1, 2, 4, *worlds_of(method)}):
+                self.whole[method, world] = self.add(f"{method}-{world}", method, world, together=True)
         for method in ROWS:
             self.plan_gradients(method)
-            for world in (1, 2, 3):
+            for world in worlds_of(method):
                 self.plan_kills(method, world)
-        for step in range(1, total_steps("damic-text") + 2):  # the last one is past the end
-            changes = {"checkpoint": {"every_steps": 1, "keep": 1}}
-            self.stepwise.append(self.add("stepwise", "damic-text", 1, stop=step, changes=changes))
         for method in ("damic-text", "dmae"):
             start = self.add(f"start-{method}", method, 2, stop=total_steps(method) - 2)
             for world in (1, 3):
@@ -80,11 +95,11 @@ class Jobs:
         """The first step of each phase, on each world size from the same checkpoint."""
         names = [p.name for p in METHODS[method].phases]
         whole = self.whole[method, 1]["run"]
-        for phase in trained_phases(method):
+        for phase in gradient_phases(method):
             before = names[names.index(phase) - 1] if phase != names[0] else None
             for world in (1, 2, 4):
                 name = f"gradients-{method}-{phase}-{world}"
-                more: Job = {"grads": str(self.folder / f"{name}.grads")}
+                more: Job = {"grads": str(self.folder / f"{name}.grads"), "together": True}
                 if before is not None:
                     more["copy"] = [f"{whole}/checkpoints/*-after-{before}", f"{name}/checkpoints/"]
                 self.gradients[method, phase, world] = self.add(name, method, world, **more)
@@ -93,8 +108,9 @@ class Jobs:
         """SIGKILL of one worker in the middle of each phase, then the same job to its end."""
         name = f"killed-{method}-{world}"
         self.killed[method, world] = []
-        for index in range(len(trained_phases(method))):
-            victim = [index % world, index * STEPS + STEPS // 2 + 1]
+        for index, name_of_phase in enumerate(trained_phases(method)):
+            by_sweeps = next(p for p in METHODS[method].phases if p.name == name_of_phase).by_sweeps
+            victim = [index % world, index * STEPS + (1 if by_sweeps else STEPS // 2 + 1)]
             out = str(self.folder / f"{name}-{index}.jsonl")
             self.killed[method, world].append(self.add(name, method, world, kill=victim, out=out))
         self.killed[method, world].append(self.add(name, method, world))
@@ -110,7 +126,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 
 def test_every_row_of_the_table_is_here_and_every_job_ended_as_it_should(jobs: Jobs) -> None:
-    assert set(ROWS) == set(METHODS)
+    assert set(CHANGES) | set(KILLED) | set(KILLED_EVERYWHERE) <= set(METHODS)
     for one in jobs.all:
         if "kill" not in one and one is not jobs.exploding:
             assert set(runs.exit_codes(one)) == {0}, (one["run"], runs.exit_codes(one))
@@ -120,7 +136,7 @@ def test_every_row_of_the_table_is_here_and_every_job_ended_as_it_should(jobs: J
 def test_losses_do_not_depend_on_the_number_of_workers(jobs: Jobs, method: str) -> None:
     alone = runs.losses(jobs.whole[method, 1])
     assert len(alone) == total_steps(method)
-    for world in (2, 3):
+    for world in (2, 4):
         shared = runs.losses(jobs.whole[method, world])
         assert shared.keys() == alone.keys()
         for step in alone:
@@ -131,27 +147,28 @@ def test_the_sequence_of_rows_is_the_same_for_1_2_and_3_workers(jobs: Jobs) -> N
     alone = runs.row_sequence(jobs.whole["damic-text", 1])
     first_epoch = [row for (step, _), rows in alone.items() if step < STEPS // 2 for row in rows]
     assert sorted(first_epoch) == list(range(61))
-    for world in (2, 3):
+    for world in (2, 3, 4):
         assert runs.row_sequence(jobs.whole["damic-text", world]) == alone
 
 
 @pytest.mark.parametrize("method", ROWS)
 def test_gradients_of_every_phase_are_the_same_on_1_2_and_4_workers(jobs: Jobs, method: str) -> None:
     """float32 sums in another order: 1e-4 of the largest entry."""
-    for phase in trained_phases(method):
+    for phase in gradient_phases(method):
         alone = load_file(jobs.gradients[method, phase, 1]["grads"])
         assert max(float(g.abs().max()) for g in alone.values()) > 0
         for world in (2, 4):
             shared = load_file(jobs.gradients[method, phase, world]["grads"])
             assert shared.keys() == alone.keys()
+            # a bias before a normalisation has no gradient, only rounding errors of the others'
+            largest = max(float(g.abs().max()) for g in alone.values())
             for name, expected in alone.items():
-                slack = max(1e-4 * float(expected.abs().max()), 1e-7)
+                slack = max(1e-4 * float(expected.abs().max()), 1e-6 * largest, 1e-7)
                 worst = float((shared[name] - expected).abs().max())
                 assert worst <= slack, f"{phase} {name} on {world} workers: {worst} > {slack}"
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("method", ROWS)
+@pytest.mark.parametrize(("method", "world"), [(m, w) for m in ROWS for w in worlds_of(m)])
 def test_killed_in_every_phase_and_resumed_is_equal_to_the_last_bit(
     jobs: Jobs, method: str, world: int
 ) -> None:
@@ -159,12 +176,6 @@ def test_killed_in_every_phase_and_resumed_is_equal_to_the_last_bit(
     for one in killed:
         assert runs.exit_codes(one)[one["kill"][0]] == -9, (one["run"], runs.exit_codes(one))  # it happened
     assert_same_bits(runs.final_weights(last), runs.final_weights(jobs.whole[method, world]))
-
-
-def test_resumed_at_every_step_sees_the_same_rows_and_ends_the_same(jobs: Jobs) -> None:
-    last, whole = jobs.stepwise[-1], jobs.whole["damic-text", 1]
-    assert runs.row_sequence(last) == runs.row_sequence(whole)
-    assert_same_bits(runs.final_weights(last), runs.final_weights(whole))
 
 
 @pytest.mark.parametrize("method", ["damic-text", "dmae"])
