@@ -245,6 +245,7 @@ class ShardCache:
         self.root = root.rstrip("/")
         self.base = self.config.place
         self.folder = os.path.join(self.base, fingerprint[:32])
+        self._folder_lock = os.path.join(self.base, "folder" + _LOCK)
         self.fetched: list[str] = []
         """Files that this object has copied, in order."""
 
@@ -303,12 +304,14 @@ class ShardCache:
                     f"the shard {url} is missing; the manifest lists it: "
                     "upload the whole folder, or prepare it again."
                 ) from error
-            os.replace(part, path)
+            held = _open_copy(part, size)  # or it might be removed between getting its name and its use
+            # Under the folder's lock: who counts meanwhile finds the reservation or the copy, never neither.
+            with _lock(self._folder_lock):
+                os.replace(part, path)
+                _remove(part.removesuffix(_PART))
             copy = _open_copy(path, size)
-        if copy is None:
-            raise DataError(
-                f"{path} was removed as soon as it was fetched; expected to keep it: start again."
-            )
+        assert held is not None and copy is not None, f"{path} is held, and yet was removed"
+        held.close()
         return copy
 
     @contextlib.contextmanager
@@ -318,7 +321,7 @@ class ShardCache:
 
         mark = os.path.join(folder, f"{_RESERVED}{size}-{uuid.uuid4().hex}")
         with contextlib.ExitStack() as stack:
-            with _lock(os.path.join(self.base, "folder" + _LOCK)):
+            with _lock(self._folder_lock):
                 self._make_room(url, size)
                 handle = stack.enter_context(open(mark, "wb"))
                 fcntl.flock(handle, fcntl.LOCK_EX)
