@@ -23,9 +23,11 @@ from typing import Any, Literal
 
 import yaml
 
+from distclust.corpus.cache import CacheConfig
 from distclust.corpus.order import OrderConfig
 from distclust.corpus.shards import ShardConfig
 from distclust.corpus.sources import SourceConfig
+from distclust.corpus.stream import StreamConfig
 from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import ConfigError
 from distclust.mixture.catalogue import ESTIMATORS, EstimatorConfig
@@ -145,6 +147,10 @@ class RunConfig:
     """How rows are laid on disk."""
     order: OrderConfig = field(default_factory=OrderConfig)
     """Which rows form a step; lanes x rows_per_lane is the batch of a step over all workers."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """How batches get to the device."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Local copies of a corpus that lies behind a URL."""
     model: ModelSettings = field(default_factory=ModelSettings)
     """Settings of the method's slots."""
     phases: tuple[Phase, ...] = ()

@@ -262,7 +262,7 @@ class _Job:
                 check_prepared(Manifest.load(self.corpus_root), self.config, str(self.corpus_root))
             else:
                 prepare_run(self.config, self.corpus_root, listener=self.listener)
-            self.corpus = Corpus.open(self.corpus_root)
+            self.corpus = Corpus.open(self.corpus_root, cache_config=self.config.cache)
         manifest = self.corpus.manifest
         data = {"corpus": manifest.fingerprint, "vocabulary": manifest.vocabulary_fingerprint}
         check_same_data(self.folder, data)

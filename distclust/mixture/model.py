@@ -19,7 +19,7 @@ from distclust.mixture.method import Method
 from distclust.mixture.networks import Autoencoder, Identity, VariationalAutoencoder
 from distclust.mixture.noise import Noise
 from distclust.mixture.settings import ModelSettings, Phase
-from distclust.mixture.sparse import Rows, n_rows
+from distclust.mixture.sparse import Rows, n_rows, rows_times
 from distclust.mixture.terms import TERMS, Scene, Stats, View, responsibility
 
 TEACHER = "teacher"
@@ -45,6 +45,8 @@ class MixtureModel(nn.Module):
     code_radius: Tensor
     pseudo_centroids: Tensor
     cluster_counts: Tensor
+    fourier_weight: Tensor
+    fourier_phase: Tensor
     # networks differ in what they offer beside `encode`; a term asks only for what its row has
     network: Any
     experts: Any
@@ -74,6 +76,11 @@ class MixtureModel(nn.Module):
         self.register_buffer("pseudo_centroids", torch.zeros(n_clusters, self.code_size))
         # DCN's counts start at 100, as its authors' code has them
         self.register_buffer("cluster_counts", torch.full((n_clusters,), 100.0, dtype=torch.float64))
+        if "fourier_regression" in method.terms:
+            # exp(-gamma ||x - y||^2) as an inner product of cosines (Rahimi & Recht 2007)
+            deviation = (2.0 * settings.fourier_gamma) ** 0.5
+            self.register_buffer("fourier_weight", deviation * torch.randn(n_features, self.code_size))
+            self.register_buffer("fourier_phase", 2.0 * torch.pi * torch.rand(self.code_size))
         if method.has_teacher:
             self.teacher = nn.ModuleDict()
             for name, part in self._answering().items():
@@ -185,6 +192,10 @@ class MixtureModel(nn.Module):
     def codes(self, x: Rows) -> Tensor:
         """`energy_codes` of undisturbed rows, (B, J)."""
         return self.energy_codes(self.network.encode(x))
+
+    def fourier_features(self, x: Rows) -> Tensor:
+        """Random features (B, J) of a Gaussian kernel, `sqrt(2 / J) cos(x W + b)`."""
+        return (2.0 / self.code_size) ** 0.5 * (rows_times(x, self.fourier_weight) + self.fourier_phase).cos()
 
     def expert_inputs(self, x: Rows) -> Rows:
         """What the experts reconstruct: the rows, or their codes with entries of about 1."""

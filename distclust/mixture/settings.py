@@ -86,6 +86,10 @@ class ModelSettings:
     log_det: float = 0.0
     """Weight of the log-determinant of a Mahalanobis precision: 1 makes it a proper Gaussian, 0 is DMAE as
     published."""
+    precision_start: Literal["covariance", "identity"] = "covariance"
+    """How Mahalanobis precisions start: from the k-means clusters' covariances, or as identities."""
+    fourier_gamma: float = 1.0
+    """Width of the Gaussian kernel exp(-gamma ||x - y||^2) whose random features an encoder learns first."""
     rotation: float = 0.0
     """Largest rotation of an image, in radians, in the phases whose noise names augment (DMAE: 0.3)."""
     shift: float = 0.0
@@ -114,7 +118,7 @@ class ModelSettings:
         for name in ("input_dropout", "hidden_dropout", "gate_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; expected a share in [0, 1)")
-        for name in ("tau", "alpha", "tau_spread", "degrees", "target_kappa"):
+        for name in ("tau", "alpha", "tau_spread", "degrees", "target_kappa", "fourier_gamma"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"model.{name} is {value}; expected a number above 0")
@@ -192,8 +196,8 @@ class Phase:
     epochs: int
     """Passes over the data; 0 for a phase that only begins (an initialisation)."""
     trains: tuple[str, ...] = ()
-    """Submodules with gradients: network, experts, energy, gate. None: the epochs are passes of its
-    statistics (EM)."""
+    """Submodules with gradients: network, experts, energy, gate, or a part as network.encoder. None: the
+    epochs are passes of its statistics (EM)."""
     terms: tuple[tuple[str, float], ...] = ()
     """Terms of the loss and their weights."""
     statistics: tuple[str, ...] = ()
@@ -224,6 +228,8 @@ class Phase:
             raise ValueError(f"phase {self.name} has {self.epochs} epochs and no term to train on")
         if self.epochs and not self.trains and not self.statistics:
             raise ValueError(f"phase {self.name} has {self.epochs} epochs and nothing that they change")
+        for part in self.trains:
+            one_of(f"phases.{self.name}.trains", part.split(".")[0], ("network", "experts", "energy", "gate"))
         if self.refresh_steps < 0 or not 0 <= self.stop_label_change < 1:
             raise ValueError(
                 f"phase {self.name}: refresh_steps is {self.refresh_steps} and stop_label_change "
@@ -236,6 +242,10 @@ class Phase:
             )
         if self.anneal_epochs < 1 or not self.anneal_from > 0:
             raise ValueError(f"phase {self.name}: anneal_epochs and anneal_from must be above 0")
+
+    def trains_parameter(self, name: str) -> bool:
+        """Whether the parameter of that name has a gradient in this phase."""
+        return any(name == part or name.startswith(part + ".") for part in self.trains)
 
     @property
     def by_sweeps(self) -> bool:

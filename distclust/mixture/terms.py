@@ -263,6 +263,11 @@ def _layer_reconstruction(s: Scene) -> Tensor:
     return s.model.network.layer_errors(_codes(s), s.view.layers)
 
 
+def _fourier_regression(s: Scene) -> Tensor:
+    """Mean squared error (B,) of the codes against random Fourier features of the rows (DMAE's examples)."""
+    return (_codes(s) - s.model.fourier_features(s.x)).square().mean(1)
+
+
 # ---- regularisers
 
 
@@ -317,6 +322,7 @@ TERMS: dict[str, Term] = {
     "reconstruction": Term(_reconstruction, frozenset({"codes"})),
     "squared_reconstruction": Term(_squared_reconstruction, frozenset({"codes"})),
     "mixed_reconstruction": Term(_mixed_reconstruction, frozenset({"codes", "energies", "gate"})),
+    "fourier_regression": Term(_fourier_regression, frozenset({"codes"})),
     "layer_reconstruction": Term(_layer_reconstruction, frozenset({"codes", "clean_layers"})),
     "pseudo_energy": Term(_pseudo_energy, frozenset({"energies", "pseudo_labels"})),
     "pseudo_cross_entropy": Term(_pseudo_cross_entropy, frozenset({"gate", "pseudo_labels"})),

@@ -167,7 +167,7 @@ class Trainer:
         self.phases = config.phases
         self.order = Order(corpus.shard_rows, config.order, config.seed)
         lanes = lanes_of_worker(world.rank, world.size, config.order.lanes)
-        self.stream = Stream(corpus, self.order, list(lanes), device=world.device)
+        self.stream = Stream(corpus, self.order, list(lanes), device=world.device, config=config.stream)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = MixtureModel(config.row, config.model, corpus.n_features, config.clusters)
@@ -311,7 +311,7 @@ class Trainer:
     def wrap(self, phase: Phase, optimizer_state: dict[str, Tensor]) -> nn.Module:
         """Only what the phase trains gets gradients, one optimiser and, with several workers, one DDP."""
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name.split(".")[0] in phase.trains)
+            parameter.requires_grad_(phase.trains_parameter(name))
         loss = StepLoss(self.model, self.world.size).to(self.world.device)
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer(phase.optimizer, trained)

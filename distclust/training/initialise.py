@@ -73,7 +73,9 @@ def initialise_clusters(model: MixtureModel, stream: Stream, config: RunConfig, 
         if energy is not None and kind == "init_plus_plus":
             starts.copy_(_max_min_start(energy, codes, k, config.seed))
         if factors is not None:
-            factors.copy_(precision_factors(sample, result.centroids))
+            identity = model.settings.precision_start == "identity"
+            start = torch.eye(j).expand(k, j, j) if identity else precision_factors(sample, result.centroids)
+            factors.copy_(start)
         log.info(
             "k-means: %d codes of %d rows, objective %.6g, %d empty clusters repaired, %s",
             result.n_sample,

@@ -71,7 +71,7 @@ def work(job: Job, world: World, tell: Tell, wrap: Callable[[Hooks], Hooks] = la
         wrap: what to put around the hooks.
     """
     config = from_dict(job["config"])
-    corpus = Corpus.open(job["corpus"])
+    corpus = Corpus.open(job["corpus"], cache_config=config.cache)
     store = CheckpointStore(f"{job['run_dir']}/checkpoints")
     if not world.is_first:
         return Trainer(config, corpus, store, world, wrap(NoHooks())).run()
