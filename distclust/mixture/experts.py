@@ -33,6 +33,10 @@ class Experts(Protocol):
         """The experts' codes, (B, K, J)."""
         ...
 
+    def reconstruct(self, x: Rows) -> Tensor:
+        """f_k(x) itself, (B, K, D): dense and large; for pictures, never for a loss."""
+        ...
+
 
 def build_experts(n_inputs: int, n_clusters: int, s: ModelSettings) -> nn.Module:
     """The experts that the settings name, for inputs of that length."""
@@ -71,6 +75,10 @@ class ConstantExperts(nn.Module):
     def codes(self, x: Rows) -> Tensor:
         raise ValueError("constant experts have no codes; use experts: autoencoder")
 
+    def reconstruct(self, x: Rows) -> Tensor:
+        """m_k, whatever the row, (B, K, D)."""
+        return self.means.t().expand(n_rows(x), -1, -1)
+
 
 class LowRankExperts(ConstantExperts):
     """K affine subspaces: f_k(x) = m_k + U_k U_k'(x - m_k), with U_k (D, R) of orthonormal columns.
@@ -88,9 +96,9 @@ class LowRankExperts(ConstantExperts):
             )
         self.directions = uniform((n_clusters, n_features, rank), n_features)
 
-    def _projections(self, x: Rows) -> Tensor:
+    def _projections(self, x: Rows, basis: Tensor | None = None) -> Tensor:
         """U_k'(x - m_k), (B, K, R)."""
-        basis = torch.linalg.qr(self.directions).Q  # (K, D, R)
+        basis = torch.linalg.qr(self.directions).Q if basis is None else basis  # (K, D, R)
         k, d, r = basis.shape
         flat = basis.permute(1, 0, 2).reshape(d, k * r)  # (D, K*R)
         own = torch.einsum("dk,kdr->kr", self.means, basis)
@@ -102,6 +110,11 @@ class LowRankExperts(ConstantExperts):
 
     def codes(self, x: Rows) -> Tensor:
         return self._projections(x)
+
+    def reconstruct(self, x: Rows) -> Tensor:
+        """m_k + U_k U_k'(x - m_k), (B, K, D)."""
+        basis = torch.linalg.qr(self.directions).Q
+        return self.means.t() + torch.einsum("bkr,kdr->bkd", self._projections(x, basis), basis)
 
 
 class AutoencoderExperts(nn.Module):
@@ -147,6 +160,11 @@ class AutoencoderExperts(nn.Module):
         """`||x - f_k(x)||^2` summed over features, (B, K)."""
         h = self._inner(x, 0, len(self.weights), self._first(x))
         return expert_squared_errors(x, h, self.out_weight, self.out_bias)
+
+    def reconstruct(self, x: Rows) -> Tensor:
+        """f_k(x), (B, K, D)."""
+        h = self._inner(x, 0, len(self.weights), self._first(x))
+        return torch.einsum("bkh,dkh->bkd", h, self.out_weight) + self.out_bias.t()
 
     def codes_and_errors(self, x: Rows) -> tuple[Tensor, Tensor]:
         """Both of the above in one pass."""
@@ -194,3 +212,12 @@ class ConvolutionalExperts(nn.Module):
 
     def codes(self, x: Rows) -> Tensor:
         return torch.stack([expert.encode(x) for expert in self._each()], dim=1)
+
+    def reconstruct(self, x: Rows) -> Tensor:
+        """f_k(x), (B, K, D), poolings undone as in `errors`."""
+        found = []
+        for expert in self._each():
+            z, layers = expert.encode_with_layers(x)
+            y = expert._maps(z, layers)[-1].flatten(1)
+            found.append(y.sigmoid() if expert._sigmoid else y)
+        return torch.stack(found, dim=1)
