@@ -51,6 +51,15 @@ OverridesArgument = Annotated[
 DebugOption = Annotated[
     bool, typer.Option("--debug", help="Show the trace of an error, and all log messages.")
 ]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-module",
+        metavar="MODULE",
+        help="A module of your own that the model names by an import path; it is refused otherwise.",
+        show_default=False,
+    ),
+]
 WorkersOption = Annotated[
     int,
     typer.Option("--workers", min=0, help="Processes that work side by side, by Ray; 0 works in this one."),
@@ -181,6 +190,7 @@ def assign(
             "--probabilities", help="Write the probabilities of all clusters, not only the best one's."
         ),
     ] = False,
+    allow_module: AllowOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Write the cluster of every document: those of a corpus, or new ones from text.
@@ -194,9 +204,11 @@ def assign(
               distclust assign runs/demo --corpus runs/demo/corpus --probabilities --out all
     """
     with reporting_errors(debug):
+        from distclust.mixture.imports import allow_modules
         from distclust.results.assign import AssignConfig
         from distclust.run import assign_run
 
+        allow_modules(allow_module or [])
         documents = _documents(files or [], corpus, source or [])
         with display() as listener:
             listener.stage("assign")

@@ -26,9 +26,9 @@ TINY_MODEL: dict[str, Any] = {
 
 def tiny_config(method: str, **changes: Any) -> RunConfig:
     """A run of a few steps a phase."""
-    from distclust.mixture.methods import METHODS
+    from distclust.mixture.methods import find_method
 
-    row = METHODS[method]
+    row = find_method(method)
     rate = changes.pop("learning_rate", 0.01)
     phases = {p.name: {"epochs": 2, "optimizer": {"learning_rate": rate}} for p in row.phases if p.epochs}
     data: dict[str, Any] = {

@@ -116,6 +116,8 @@ def _prepare(
     opened = open_source(source)
     vocabulary = _fitting(opened, vocabulary)
     options = _options(source, vocabulary, shards)
+    if opened.image_shape:
+        options["image_shape"] = list(opened.image_shape)
     done = already_there(folder, opened, options, overwrite)
     if done is not None:
         return done

@@ -154,6 +154,10 @@ class MixtureModel(nn.Module):
         """`state_dict` without what only training needs."""
         return {n: t for n, t in self.state_dict().items() if n.split(".")[0] != TEACHER}
 
+    def training_state(self) -> dict[str, Tensor]:
+        """The rest of `state_dict`."""
+        return {n: t for n, t in self.state_dict().items() if n.split(".")[0] == TEACHER}
+
     # ---- the frozen teacher
 
     def _answering(self) -> dict[str, nn.Module]:

@@ -30,6 +30,7 @@ from distclust.corpus.prepare import start_ray
 from distclust.corpus.shards import Corpus
 from distclust.corpus.sources import Source, SourceConfig, open_source
 from distclust.errors import ClusterError, DataError, DistclustError
+from distclust.mixture.imports import allow_modules, allowed_modules
 from distclust.results.assignment import (
     PLAN,
     Assignment,
@@ -79,6 +80,8 @@ class Job:
     """For new documents: the row number that each part begins with."""
     all_probabilities: bool = False
     device: str = "cpu"
+    allow_modules: tuple[str, ...] = ()
+    """Modules of the user's own that the model may import."""
 
 
 # ---- what a caller uses
@@ -175,6 +178,7 @@ def _assign(
             "out": str(partial.absolute()),
             "all_probabilities": call.config.all_probabilities,
             "device": "cuda" if call.config.gpus_per_worker else "cpu",
+            "allow_modules": tuple(allowed_modules()),
         }
     )
     counts = {int(part["part"]): part for part in take_up(partial, plan)}
@@ -316,6 +320,7 @@ class PartAssigner:
                 "all nodes share: put model, corpus and output there, or work without workers"
             )
         if self._predictor is None:
+            allow_modules(self.job.allow_modules)
             self._predictor = Predictor.load(self.job.model, self.job.device)
         k = self._predictor.model.n_clusters
         documents = empty = ambiguous = 0

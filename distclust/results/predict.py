@@ -24,7 +24,8 @@ from scipy import sparse
 
 from distclust.corpus.vocabulary import VOCABULARY_FILE, Vocabulary, remap
 from distclust.errors import CheckpointError, DataError
-from distclust.mixture.methods import METHODS, ModelSettings
+from distclust.mixture.imports import is_import_path
+from distclust.mixture.methods import METHODS, ModelSettings, find_method
 from distclust.mixture.model import MixtureModel
 from distclust.mixture.sparse import SparseRows
 from distclust.training.provenance import code_version
@@ -81,7 +82,9 @@ def export_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     whole = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in model.prediction_state().items()
+        }
         save_file(tensors, whole / WEIGHTS_FILE)
         files = [WEIGHTS_FILE]
         if vocabulary is not None:
@@ -137,21 +140,23 @@ class Predictor:
         """Read what `export_model` wrote; hashes are compared before anything is parsed.
 
         Raises:
-            CheckpointError: no model there, a damaged file (named), or a model of another version.
+            CheckpointError: no model there, a damaged file (named), a model of another version, or an import
+                path in it whose module was not allowed.
         """
         folder = Path(folder)
         path = folder / MODEL_FILE
         advice = "expected a folder that distclust exported; export the model again or restore the file"
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
-            version, method, settings = about["version"], METHODS.get(about["method"]), about["settings"]
+            version, method, settings = about["version"], str(about["method"]), about["settings"]
             hashes = dict(about["files"])
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist; {advice}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read ({error!r}); {advice}") from error
         known = {field.name for field in dataclasses.fields(ModelSettings)}
-        if version != FORMAT_VERSION or method is None or set(settings) - known:
+        unknown = method not in METHODS and not is_import_path(method)
+        if version != FORMAT_VERSION or unknown or set(settings) - known:
             raise CheckpointError(
                 f"{path} is of format {version} with method {about['method']!r} and settings "
                 f"{sorted(set(settings) - known) or 'that are known'}; expected format {FORMAT_VERSION}, a "
@@ -167,11 +172,14 @@ class Predictor:
                 raise CheckpointError(f"{folder / name} cannot be read ({error}); {advice}") from error
             if found != hashes[name]:
                 raise CheckpointError(f"{folder / name} is damaged (its sha256 is {found[:12]}...); {advice}")
-        made: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
-        }
-        model = MixtureModel(method, ModelSettings(**made), about["n_features"], about["n_clusters"])
-        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        made: dict[str, Any] = {key: _as_tuple(value) for key, value in settings.items()}
+        try:
+            row = dataclasses.replace(find_method(method), settings=ModelSettings(**made))
+            model = MixtureModel(row, row.settings, about["n_features"], about["n_clusters"])
+        except ValueError as error:  # an import path that was not allowed, above all
+            raise CheckpointError(f"{path}: {error}") from error
+        # what only training needs is not in the file
+        model.load_state_dict(load_file(folder / WEIGHTS_FILE) | model.training_state())
         vocabulary = Vocabulary.load(folder / VOCABULARY_FILE) if VOCABULARY_FILE in hashes else None
         return cls(model, about, vocabulary, device)
 
@@ -288,6 +296,11 @@ class Predictor:
         return DataError(
             f"{found} were given to a model that was trained on {expected[self.input]}; give it those"
         )
+
+
+def _as_tuple(value: Any) -> Any:
+    """Lists, in lists too, as the tuples that they were."""
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
 def _put_in_place(whole: Path, folder: Path) -> None:

@@ -21,6 +21,7 @@ from distclust.corpus.cache import is_url
 from distclust.corpus.order import Order
 from distclust.corpus.shards import Corpus, Manifest
 from distclust.errors import ClusterError, ConfigError, DataError, DistclustError
+from distclust.mixture.imports import allow_modules, allowed_modules
 from distclust.training.checkpoint import CheckpointStore
 from distclust.training.engine import Hooks, NoHooks, Outcome, Trainer
 from distclust.training.run_state import FOLDER, RunHooks, RunState, Tell, beating, describe
@@ -58,6 +59,7 @@ def make_job(
         "run_dir": str(folder),
         "command": uuid.uuid4().hex,
         "tracking": tracking,
+        "allow_modules": allowed_modules(),
     }
 
 
@@ -70,6 +72,7 @@ def work(job: Job, world: World, tell: Tell, wrap: Callable[[Hooks], Hooks] = la
         tell: takes rank 0's progress (`RunHooks.content`).
         wrap: what to put around the hooks.
     """
+    allow_modules(job["allow_modules"])
     config = from_dict(job["config"])
     corpus = Corpus.open(job["corpus"], cache_config=config.cache)
     store = CheckpointStore(f"{job['run_dir']}/checkpoints")

@@ -38,6 +38,7 @@ def small_model(method: str, n_features: int = D, n_clusters: int = K) -> Mixtur
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
+        model.pseudo_centroids.normal_()  # what k-means would have set
     return model
 
 
@@ -90,8 +91,8 @@ def test_every_block_has_the_same_shape() -> None:
     model = small_model("dmae-text")
     predictor = Predictor(model, {"kind": "dense", "row_scale": 1.0})
     seen = []
-    encode = model.network.encode
-    model.network.encode = lambda x, *noise: (seen.append(x.shape[0]), encode(x, *noise))[1]  # type: ignore[method-assign]
+    encode = model.network.encode_with_layers
+    model.network.encode_with_layers = lambda x, *noise: (seen.append(x.shape[0]), encode(x, *noise))[1]
     for n in (1, 7, BLOCK_ROWS, BLOCK_ROWS + 1):
         assert len(predictor.predict_dense(np.ones((n, D), np.float32)).clusters) == n
     assert set(seen) == {BLOCK_ROWS}
@@ -232,8 +233,11 @@ def test_every_setting_survives_the_folder(tmp_path: Path) -> None:
     changed = {}
     for field in dataclasses.fields(ModelSettings):
         value = getattr(METHODS["dmae"].settings, field.name)
-        changed[field.name] = (9, 5) if isinstance(value, tuple) else value
-    model = MixtureModel(METHODS["dmae"], ModelSettings(**changed), D, K)
+        changed[field.name] = (9, 5) if isinstance(value, tuple) and value else value
+    layers = {"image": (1, 20, D // 20), "conv": ((4, 3, 2, 1), (6, 3, 2, 1))}
+    model = MixtureModel(
+        METHODS["dmae"], ModelSettings(**{**changed, **layers, "expert_conv": ((2, 3, 1, 1),)}), D, K
+    )
     export_model(tmp_path / "model", model, None, {"kind": "sparse", "row_scale": 1.0})
     assert Predictor.load(tmp_path / "model").model.settings == model.settings
 

@@ -6,7 +6,9 @@ by row, and the real data sets that a test can have.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,15 @@ import runs
 from corpora import make_corpus
 from distclust.config import RunConfig, resolve
 from distclust.corpus.shards import Corpus, ShardWriter
-from distclust.mixture.methods import METHODS
+from distclust.mixture.methods import METHODS, find_method
 from distclust.mixture.sparse import SparseRows
 from distclust.training.checkpoint import CheckpointStore
 from distclust.training.engine import NoHooks, Position, Trainer
 from distclust.training.world import World
 
-ROWS = tuple(METHODS)
+OWN = tuple(name for name in os.environ.get("DISTCLUST_ROWS", "").split(",") if name)
+"""Rows of a user's own, as import paths: they inherit these tests (docs/methods.md)."""
+ROWS = (*METHODS, *OWN)
 GOLDEN = Path(__file__).parent / "golden_losses.txt"
 # rows whose temperature or step would make tiny runs explode on their published settings
 CHANGES: dict[str, dict[str, Any]] = {
@@ -61,10 +65,8 @@ def config_of(method: str, **more: Any) -> RunConfig:
 def train(config: RunConfig, corpus: Corpus, folder: Path, stop: int | None = None) -> tuple[Trainer, Hooks]:
     hooks = Hooks(stop)
     trainer = Trainer(config, corpus, CheckpointStore(str(folder / "checkpoints")), World(), hooks)
-    try:
+    with contextlib.suppress(Stopped):
         trainer.run()
-    except Stopped:
-        pass
     return trainer, hooks
 
 
@@ -117,7 +119,7 @@ def golden_lines(method: str, hooks: Hooks) -> list[str]:
     return [f"{method} {phase} {loss:.6g}" for phase, loss in last.items()]
 
 
-@pytest.mark.parametrize("method", ROWS)
+@pytest.mark.parametrize("method", METHODS)
 def test_golden_losses(finished: Any, method: str) -> None:
     """The losses of this code on this data, as they were when the row was found right."""
     expected = {tuple(line.split()[:2]): float(line.split()[2]) for line in GOLDEN.read_text().splitlines()}
@@ -207,7 +209,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.mark.parametrize("method", ROWS)
 def test_every_row_trains_on_digits(digits: Corpus, tmp_path: Path, method: str) -> None:
     """A few epochs, images where the row has convolutions: finite losses, and more than one cluster."""
-    row = METHODS[method]
+    row = find_method(method)
     fast = {"epochs": 8, "optimizer": {"name": "adam", "learning_rate": 3e-3}}
     phases = {p.name: {"epochs": 2} if p.name == "joint" else fast for p in row.phases if p.epochs}
     model = dict(IMAGES) if row.settings.conv else {"hidden": [32]}
@@ -232,7 +234,7 @@ def test_every_row_trains_on_digits(digits: Corpus, tmp_path: Path, method: str)
 def write_golden(folder: Path) -> None:
     corpus = make_corpus(folder / "corpus", shard_rows=runs.SHARD_ROWS, n_features=30)
     lines: list[str] = []
-    for method in ROWS:
+    for method in METHODS:
         lines += golden_lines(method, train(config_of(method), corpus, folder / method)[1])
     GOLDEN.write_text("\n".join(lines) + "\n")
 
