@@ -45,6 +45,7 @@ from distclust.results.estimators import (
 )
 from distclust.results.evaluate import class_numbers, evaluate, score_clusters
 from distclust.results.from_checkpoint import export_checkpoint, load_model
+from distclust.results.pictures import PICTURES, save_pictures
 from distclust.results.predict import MODEL_FILE
 from distclust.results.report import SCORE_NAMES, describe_clusters
 from distclust.run_folder import (
@@ -249,6 +250,7 @@ class _Job:
             truth = class_numbers(self.corpus)
             if baselines and (truth >= 0).any():
                 self.make_baselines(truth)
+            self.draw()
             summary = self.summarise(truth)
             return self.finish(summary, tracker)
 
@@ -358,6 +360,14 @@ class _Job:
         name = Path(self.outcome.phase_checkpoints[phase]).name  # the folder may have been moved since
         return load_model(f"{self.folder}/checkpoints/{name}", self.config, self.corpus)
 
+    def draw(self) -> None:
+        """Pictures, where there is something to see; a run is whole without them."""
+        with self.done.timed("pictures"):
+            try:
+                save_pictures(self.folder, self.corpus_root)
+            except Exception as error:  # whatever it is: of the data, of the library, of the disk
+                log.warning("the run goes without its pictures: %s: %s", type(error).__name__, error)
+
     def summarise(self, truth: NDArray[np.int64]) -> dict[str, Any]:
         """What summary.json holds, but for what MLflow adds."""
         self.listener.stage("report")
@@ -423,6 +433,8 @@ class _Job:
         write_json(self.folder / SUMMARY, summary)
         if tracker is not None:
             tracker.log_artifacts(self.folder / SUMMARY)
+            if (self.folder / PICTURES).exists():
+                tracker.log_artifacts(self.folder / PICTURES, PICTURES)
             tracker.finish("FINISHED")
         self.done.content["finished"] = True
         self.done.save()

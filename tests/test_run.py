@@ -340,7 +340,7 @@ def test_mlflow_has_the_run(stories, tmp_path):
     assert run.data.metrics["nmi_geometric"] == summary["nmi_geometric"]
     assert run.data.metrics["baseline/k-means/acc"] == summary["baselines"]["k-means"]["acc"]
     assert run.inputs.dataset_inputs
-    assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["summary.json"]
+    assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["pictures", "summary.json"]
     assert summary["model_uri"].startswith("models:/")
     assert f"sqlite:///{tmp_path}/mlflow.db" in summary["how_to_open"]
     steps = [m.step for m in client.get_metric_history(run.info.run_id, "loss")]
