@@ -1,0 +1,445 @@
+"""The identities and the traps of the rows beyond DAMIC and DMAE (float64 where a formula is compared)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from distclust.mixture import terms
+from distclust.mixture.convolutional import ConvolutionalAutoencoder, augment
+from distclust.mixture.energies import CentroidEnergy, DissimilarityOptions, GaussianEnergy, StudentEnergy
+from distclust.mixture.experts import LowRankExperts
+from distclust.mixture.gates import LinearGate, TiedGate
+from distclust.mixture.layers import LaneBatchNorm, Lanes
+from distclust.mixture.methods import METHODS
+from distclust.mixture.model import MixtureModel
+from distclust.mixture.networks import cross_entropy
+from distclust.mixture.noise import Noise
+from distclust.mixture.settings import ModelSettings, OptimizerConfig, Phase
+from distclust.mixture.statistics import STATISTICS
+from distclust.mixture.terms import Scene, View
+
+B, K, J = 24, 4, 6
+
+
+def model_of(method: str, n_features: int = J, **settings: Any) -> MixtureModel:
+    torch.manual_seed(0)
+    row = METHODS[method]
+    sizes: dict[str, Any] = {"hidden": (8,), "code_size": J, "expert_hidden": (5,), "gate_hidden": (7,)}
+    changed = dataclasses.replace(row.settings, **(sizes | settings))
+    return MixtureModel(dataclasses.replace(row, settings=changed), changed, n_features, K)
+
+
+def scene_of(model: MixtureModel, view: View, **totals: Tensor) -> Scene:
+    return Scene(model, torch.zeros(B, J), view, totals)
+
+
+def value(name: str, scene: Scene) -> Tensor:
+    return terms.TERMS[name].function(scene)
+
+
+@pytest.fixture
+def rows() -> Tensor:
+    return torch.rand(B, J, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.1
+
+
+# ---- CM and AE-CM
+
+
+def test_cm_is_the_expected_squared_distance_of_its_three_terms(rows: Tensor) -> None:
+    """E1 + E2 + E3 of the paper, from its own formulas."""
+    model = model_of("cm").double()
+    log_p = torch.log_softmax(torch.randn(B, K, dtype=torch.float64), 1).requires_grad_()
+    p, m = log_p.exp(), model.energy.centroids  # type: ignore[union-attr]
+    e1 = (rows - p @ m).square().sum(1)
+    e2 = (p * (1 - p) * m.square().sum(1)).sum(1)
+    gram = m @ m.t()
+    pairs = p[:, :, None] * p[:, None, :] * gram
+    e3 = -(pairs.sum((1, 2)) - torch.diagonal(pairs, dim1=1, dim2=2).sum(1))
+    energies = model.energies(rows, rows)
+    mine = value("exp", scene_of(model, View(energies=energies, log_p=log_p)))
+    torch.testing.assert_close(mine, e1 + e2 + e3)
+    for wrt in (log_p, m):
+        ours = torch.autograd.grad(mine.sum(), wrt, retain_graph=True)[0]
+        theirs = torch.autograd.grad((e1 + e2 + e3).sum(), wrt, retain_graph=True)[0]
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_ae_cm_is_the_expected_distance_for_orthonormal_centroids(rows: Tensor) -> None:
+    model = model_of("ae-cm").double()
+    basis = torch.linalg.qr(torch.randn(J, K, dtype=torch.float64)).Q.t()
+    model.energy.centroids.data.copy_(basis)  # type: ignore[union-attr]
+    log_p = torch.log_softmax(torch.randn(B, K, dtype=torch.float64), 1)
+    mine = value("exp_orthonormal", scene_of(model, View(z=rows, log_p=log_p)))
+    distance = torch.cdist(rows, basis).square()
+    torch.testing.assert_close(mine, terms.expected(log_p, distance))
+    assert float(value("orthonormality", scene_of(model, View(log_p=log_p))).max()) < 1e-12
+    model.energy.centroids.data.mul_(2.0)  # type: ignore[union-attr]
+    assert float(value("orthonormality", scene_of(model, View(log_p=log_p)))[0]) == pytest.approx(3.0 * K)
+
+
+def test_orthonormal_centroids_need_as_many_directions() -> None:
+    with pytest.raises(ValueError, match="set model.code_size to at least 4"):
+        model_of("ae-cm", code_size=3)
+
+
+def test_pinv_gate_gives_one_on_the_own_centroid_and_zero_elsewhere() -> None:
+    gate = LinearGate(J, K)
+    centroids = torch.randn(K, J)
+    gate.start_from(centroids)
+    torch.testing.assert_close(gate.layer(centroids), torch.eye(K), atol=1e-5, rtol=0)
+
+
+# ---- terms of global means: the value, and the exact gradient without a collective
+
+
+@pytest.mark.parametrize("name", ["usage_prior", "batch_entropy"])
+def test_a_prior_over_the_global_batch_has_the_exact_gradient_on_every_share_of_it(name: str) -> None:
+    model = model_of("cm")
+    logits = torch.randn(B, K, dtype=torch.float64, requires_grad=True)
+
+    def direct(a: Tensor) -> Tensor:
+        g = torch.log_softmax(a, 1).exp().mean(0)
+        return -g.log().sum() if name == "usage_prior" else (g * g.log()).sum()
+
+    expected = torch.autograd.grad(direct(logits), logits)[0]
+    log_p = torch.log_softmax(logits, 1)
+    totals = {"step_usage": log_p.exp().sum(0).detach(), "step_rows": torch.tensor(float(B)).double()}
+    parts = [
+        value(name, scene_of(model, View(log_p=log_p[share]), **totals))
+        for share in (slice(0, 5), slice(5, B))
+    ]
+    together = torch.cat(parts)
+    torch.testing.assert_close(together.double(), direct(logits).expand(B).detach(), atol=1e-5, rtol=1e-5)
+    found = torch.autograd.grad(together.sum() / B, logits)[0]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_usage_prior_pulls_a_cluster_back_whose_gate_underflows() -> None:
+    model = model_of("cm")
+    logits = torch.zeros(B, K)
+    logits[:, 0] = -200.0  # exp(-200) is 0 in float32
+    logits.requires_grad_()
+    log_p = torch.log_softmax(logits, 1)
+    assert float(log_p.exp()[:, 0].max()) == 0.0
+    usage = STATISTICS["step_usage"].collect(scene_of(model, View(log_p=log_p.detach())))
+    prior = value("usage_prior", scene_of(model, View(log_p=log_p), **usage))
+    assert math.isfinite(float(prior[0].detach()))
+    prior.mean().backward()
+    assert float(logits.grad[:, 0].max()) < 0  # descent raises the logit
+    torch.testing.assert_close(logits.grad[:, 0].sum(), torch.tensor(-1.0), atol=1e-3, rtol=0)
+
+
+# ---- DEC and its family
+
+
+@pytest.mark.parametrize("degrees", [1.0, 3.0])
+def test_decs_gradients(degrees: float) -> None:
+    torch.manual_seed(5)
+    energy = StudentEnergy(K, J, degrees).double()
+    gate = TiedGate(K, alpha=1.0).double()
+    z = torch.randn(B, J, dtype=torch.float64, requires_grad=True)
+    log_q = gate.log_p_of(energy.pairwise(z))
+    log_t = terms.sharpened_target(log_q, log_q.exp().sum(0).log(), 2.0, 1.0).detach()
+    terms.kl_from_target(log_t, log_q).sum().backward()
+    diff = z.detach()[:, None] - energy.centroids.detach()  # (B, K, J)
+    scale = (log_t.exp() - log_q.detach().exp()) / (1 + diff.square().sum(2) / degrees)
+    pulls = (degrees + 1) / degrees * scale[:, :, None] * diff
+    torch.testing.assert_close(z.grad, pulls.sum(1))
+    torch.testing.assert_close(energy.centroids.grad, -pulls.sum(0))
+
+
+def test_targets_use_the_frequencies_of_the_whole_data_and_not_the_batchs() -> None:
+    model = model_of("dec")
+    log_p = torch.log_softmax(torch.randn(B, K), 1)
+    whole = torch.tensor([1000.0, 10.0, 10.0, 10.0])
+    scene = scene_of(model, View(log_p=log_p, teacher_log_p=log_p), gate_usage=whole)
+    t = log_p.exp() ** 2 / whole
+    expected = (t / t.sum(1, keepdim=True)).log()
+    torch.testing.assert_close(value("target_teacher", scene), terms.kl_from_target(expected, log_p))
+    of_the_batch = log_p.exp() ** 2 / log_p.exp().sum(0)
+    wrong = terms.kl_from_target((of_the_batch / of_the_batch.sum(1, keepdim=True)).log(), log_p)
+    assert not torch.allclose(value("target_teacher", scene), wrong)
+
+
+def test_the_teacher_is_the_model_of_the_last_refresh_and_counts_moved_labels() -> None:
+    model = model_of("dec")
+    x = torch.randn(B, J)
+    model.freeze_teacher()
+    before = model.view(x, ("gate",)).log_p
+    with torch.no_grad():
+        model.energy.centroids.copy_(model.energy.centroids.flip(0))  # type: ignore[union-attr]
+    view = model.view(x, ("gate", "teacher"))
+    torch.testing.assert_close(view.teacher_log_p, before)
+    torch.testing.assert_close(view.log_p, before.flip(1))  # type: ignore[union-attr]
+    counted = STATISTICS["teacher"].collect(Scene(model, x, view, {}))
+    assert float(counted["moved"]) == float((before.argmax(1) != K - 1 - before.argmax(1)).sum())  # type: ignore[union-attr]
+    assert float(counted["moved_rows"]) == B
+    STATISTICS["teacher"].apply(model, counted)
+    torch.testing.assert_close(model.view(x, ("teacher",)).teacher_log_p, view.log_p)
+
+
+def test_dcn_running_means_are_those_of_one_row_after_the_other() -> None:
+    model = model_of("dcn")
+    x = torch.randn(B, J)
+    view = model.view(x, ("codes", "energies"))
+    centroids = model.energy.centroids.detach().clone()  # type: ignore[union-attr]
+    counts = torch.full((K,), 100.0)
+    for z, k in zip(view.z.detach(), view.energies.argmin(1), strict=True):  # type: ignore[union-attr]
+        counts[k] += 1
+        centroids[k] += (z - centroids[k]) / counts[k]
+    statistic = STATISTICS["running_means"]
+    statistic.apply(model, statistic.collect(Scene(model, x, view, {})))
+    torch.testing.assert_close(model.energy.centroids.detach(), centroids, atol=1e-6, rtol=1e-5)  # type: ignore[union-attr]
+    torch.testing.assert_close(model.cluster_counts.float(), counts)
+
+
+def test_dkm_at_a_large_alpha_is_dcns_clustering_term() -> None:
+    energy = CentroidEnergy(K, J, "squared_euclidean", DissimilarityOptions()).double()
+    e = energy.pairwise(torch.randn(B, J, dtype=torch.float64))
+    log_p = TiedGate(K, alpha=1e5).double().log_p_of(e)
+    torch.testing.assert_close(terms.expected(log_p, e), e.amin(1))
+
+
+# ---- VaDE
+
+
+def test_vade_bound_is_the_published_sum() -> None:
+    model = model_of("vade").double()
+    with torch.no_grad():
+        model.energy.log_variances.normal_()  # type: ignore[union-attr]
+        model.gate.logits.normal_()  # type: ignore[union-attr, operator]
+    x = torch.randn(B, J, dtype=torch.float64)
+    phase = METHODS["vade"].phases[-1]
+    noise = Noise(0, 0, [0], [B], "cpu")
+    scene = model.scene(x, phase, {}, noise)
+    found = value("free", scene) + value("variational_entropy", scene)
+    m, log_v = scene.view.layers["mean"], scene.view.layers["log_variance"]
+    mu, log_s2 = model.energy.centroids, model.energy.log_variances  # type: ignore[union-attr]
+    log_pi = torch.log_softmax(model.gate.logits, 0)  # type: ignore[union-attr, arg-type]
+    z = scene.view.z
+    normal = -0.5 * (math.log(2 * math.pi) + log_s2 + (z[:, None] - mu).square() / log_s2.exp()).sum(2)  # type: ignore[index]
+    gamma = torch.softmax(log_pi + normal, 1)
+    nll = 0.5 * (
+        math.log(2 * math.pi) + log_s2 + (log_v.exp()[:, None] + (m[:, None] - mu).square()) / log_s2.exp()
+    )
+    published = (
+        (gamma * nll.sum(2)).sum(1)
+        - 0.5 * (1 + log_v).sum(1)
+        - (gamma * log_pi).sum(1)
+        + (gamma * gamma.log()).sum(1)
+    )
+    torch.testing.assert_close(found, published - 0.5 * J * math.log(2 * math.pi), atol=1e-5, rtol=1e-5)
+
+
+def test_gaussian_energy_is_the_negative_log_likelihood() -> None:
+    energy = GaussianEnergy(K, J).double()
+    energy.log_variances.data.normal_()
+    z = torch.randn(B, J, dtype=torch.float64)
+    for k in range(K):
+        normal = torch.distributions.Normal(energy.centroids[k], (0.5 * energy.log_variances[k]).exp())
+        torch.testing.assert_close(energy.pairwise(z)[:, k], -normal.log_prob(z).sum(1))
+
+
+# ---- Bregman clustering
+
+
+@pytest.mark.parametrize("name", ["squared_euclidean", "itakura_saito", "i_divergence", "kullback_leibler"])
+def test_em_means_are_weighted_averages_and_the_likelihood_rises(name: str, rows: Tensor) -> None:
+    model = model_of("bregman", dissimilarity=name, normaliser="none").double()
+    data = rows / rows.sum(1, keepdim=True) if name == "kullback_leibler" else rows
+    model.energy.centroids.data.copy_(data[:K])  # type: ignore[union-attr]
+    em, before = STATISTICS["em"], math.inf
+    for _ in range(6):
+        view = model.view(data, em.needs)
+        w = terms.responsibility(view.log_p, view.energies, model.tau).exp()  # type: ignore[arg-type]
+        totals = em.collect(Scene(model, data, view, {}))
+        em.apply(model, totals)
+        torch.testing.assert_close(
+            model.energy.centroids.data,
+            (w.t() @ data / w.sum(0)[:, None]).detach(),
+            atol=1e-6,
+            rtol=1e-6,  # type: ignore[union-attr]
+        )
+        now = float(totals["em_objective"])
+        assert now <= before + 1e-9
+        before = now
+
+
+def test_bregman_clustering_refuses_what_is_no_bregman_divergence() -> None:
+    with pytest.raises(ValueError, match="Bregman divergence only.*dmae-lse"):
+        model_of("bregman", dissimilarity="manhattan")
+
+
+# ---- traps that the reference names
+
+
+def test_a_precision_shrinks_without_its_determinant_and_does_not_with_it() -> None:
+    """MIX with a free precision can always fall by making it smaller; the log-determinant stops that."""
+    z = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    sizes = {}
+    for log_det in (0.0, 1.0):
+        torch.manual_seed(0)
+        energy = CentroidEnergy(1, 3, "mahalanobis", DissimilarityOptions(), log_det)
+        optimizer = torch.optim.Adam(energy.parameters(), lr=0.05)
+        for _ in range(400):
+            optimizer.zero_grad()
+            energy.pairwise(z).mean().backward()
+            optimizer.step()
+        sizes[log_det] = float(energy.factors.detach().abs().max())  # type: ignore[union-attr]
+    assert sizes[0.0] < 0.05
+    assert sizes[1.0] > 0.5
+
+
+def test_an_empty_cluster_stays_where_it_is_and_is_not_made_nan() -> None:
+    model = model_of("aljalbout-kmeans", norm="none", conv=())
+    far = torch.full((J,), 1e3)
+    model.energy.centroids.data[0] = far  # type: ignore[union-attr]
+    x = torch.randn(B, J)
+    statistic = STATISTICS["recentre"]
+    statistic.apply(model, statistic.collect(Scene(model, x, model.view(x, statistic.needs), {})))
+    assert torch.equal(model.energy.centroids[0].detach(), far)  # type: ignore[union-attr]
+    assert torch.isfinite(model.energy.centroids).all()  # type: ignore[union-attr]
+
+
+def test_balance_correction_divides_the_gate_by_the_frequencies() -> None:
+    log_p = torch.log_softmax(torch.randn(B, K), 1)
+    energies, f = torch.rand(B, K), torch.tensor([60.0, 20.0, 15.0, 5.0])
+    view = View(energies=energies, log_p=log_p.clone().requires_grad_(), clean_log_p=log_p)
+    grads = []
+    for eta in (0.0, 1.0):
+        model = model_of("damic-text", balance=eta)
+        scene = scene_of(model, view, gate_usage=f)
+        grads.append(torch.autograd.grad(value("lse_clean_teacher", scene).sum(), view.log_p)[0])  # type: ignore[arg-type]
+        w = torch.softmax(log_p - eta * f.log() - energies / model.tau, 1)
+        torch.testing.assert_close(grads[-1], -model.tau * w)
+    assert float(-grads[1][:, 0].sum()) < float(-grads[0][:, 0].sum())  # the big cluster teaches less
+
+
+# ---- networks and experts
+
+
+def test_low_rank_experts_are_the_distance_to_a_principal_subspace() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(60, J)
+    experts = LowRankExperts(J, 1, 2)
+    pca = PCA(2).fit(x.numpy())
+    experts.means.data.copy_(torch.tensor(pca.mean_)[:, None])
+    experts.directions.data.copy_(
+        torch.tensor(pca.components_.T)[None] * 3.0
+    )  # not of length 1: QR makes them so
+    back = pca.inverse_transform(pca.transform(x.numpy()))
+    np.testing.assert_allclose(
+        experts.errors(x)[:, 0].detach().numpy(), ((x.numpy() - back) ** 2).sum(1), atol=1e-4
+    )
+
+
+def test_batch_norm_by_lanes_is_batch_norm_of_each_lane() -> None:
+    lanes = Lanes()
+    norm = LaneBatchNorm(5, lanes)
+    x = torch.randn(11, 5, 3, 3)
+    lanes.counts = (4, 0, 7)
+    found = norm(x)
+    reference = torch.nn.BatchNorm2d(5)
+    parts = [reference(part) for part in (x[:4], x[4:])]
+    torch.testing.assert_close(found, torch.cat(parts), atol=1e-5, rtol=1e-4)
+    norm.update(*norm.sums())
+    expected = 0.1 * (4 * x[:4].mean((0, 2, 3)) + 7 * x[4:].mean((0, 2, 3))) / 11
+    torch.testing.assert_close(norm.running_mean, expected, atol=1e-5, rtol=1e-4)
+    lanes.counts = None
+    torch.testing.assert_close(norm(x[:3]), norm(x)[:3])  # running values: no row depends on another
+
+
+IMAGE = ModelSettings(
+    image=(1, 12, 12), conv=((4, 5, 1, 2), (6, 3, 2, 1)), code_size=5, activation="elu", output="sigmoid"
+)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_convolutional_autoencoder_comes_back_to_the_size_it_began_with(padding: str) -> None:
+    torch.manual_seed(0)
+    net = ConvolutionalAutoencoder(dataclasses.replace(IMAGE, conv_padding=padding))
+    x = torch.rand(7, 144)
+    z, layers = net.encode_with_layers(x)
+    assert z.shape == (7, 5)
+    error = net.recon_error(z, x, layers)
+    y = net._maps(z, layers)[-1].flatten(1)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(y, x, reduction="none").sum(1)
+    torch.testing.assert_close(error, expected)
+    assert net.decode(z).shape == (7, 144)  # without the encoder's switches too
+    assert net.layer_errors(z, layers).shape == (7,)
+
+
+def test_cross_entropy_of_sparse_rows_is_that_of_dense_ones() -> None:
+    from distclust.mixture.sparse import SparseRows
+
+    x = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    sparse = SparseRows(torch.tensor([0, 1, 2, 2]), torch.tensor([1, 0]), torch.tensor([1.0, 0.5]), 3)
+    h, w, b = torch.randn(3, 4), torch.randn(3, 4), torch.randn(3)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(h @ w.t() + b, x, reduction="none").sum(1)
+    torch.testing.assert_close(cross_entropy(x, h, w, b), expected)
+    torch.testing.assert_close(cross_entropy(sparse, h, w, b), expected)
+
+
+def test_images_are_turned_and_shifted_as_far_as_asked_and_no_farther() -> None:
+    image = torch.zeros(1, 16, 16)
+    image[0, 6:10, 6:10] = 1.0
+    x = image.flatten()[None].repeat(200, 1)
+    noise = Noise(0, 3, [0], [200], "cpu")
+    still = augment(x, (1, 16, 16), 0.0, 0.0, noise)
+    torch.testing.assert_close(still, x, atol=1e-5, rtol=0)
+    moved = augment(x, (1, 16, 16), 0.0, 2.0, noise).view(-1, 16, 16)
+    mass = moved.sum((1, 2))
+    torch.testing.assert_close(mass, torch.full((200,), 16.0), atol=1e-3, rtol=0)
+    rows = (moved.sum(2) * torch.arange(16.0)).sum(1) / mass - 7.5
+    assert 1.5 < float(rows.abs().max()) <= 2.0 + 1e-4
+    turned = augment(x, (1, 16, 16), 0.3, 0.0, noise).view(-1, 16, 16)
+    assert float((turned - moved).abs().max()) > 0.1
+    again = augment(x, (1, 16, 16), 0.3, 2.0, Noise(0, 3, [0], [200], "cpu"))
+    torch.testing.assert_close(again, augment(x, (1, 16, 16), 0.3, 2.0, noise), atol=0, rtol=0)
+
+
+def test_random_fourier_features_are_a_gaussian_kernel() -> None:
+    model = model_of("dmae-fourier", n_features=2, code_size=4000, fourier_gamma=0.7)
+    x = torch.randn(20, 2)
+    kernel = torch.exp(-0.7 * torch.cdist(x, x).square())
+    features = model.fourier_features(x)
+    torch.testing.assert_close(features @ features.t(), kernel, atol=0.08, rtol=0)
+
+
+def test_draws_are_normal_and_keyed() -> None:
+    draws = Noise(1, 2, [0, 1], [300, 300], "cpu").normal("z", 50)
+    assert abs(float(draws.mean())) < 0.02
+    assert float(draws.std()) == pytest.approx(1.0, abs=0.02)
+    one_lane = Noise(1, 2, [1], [300], "cpu").normal("z", 50)
+    assert torch.equal(draws[300:], one_lane)
+
+
+# ---- schedules
+
+
+def test_a_step_size_decays_to_its_floor() -> None:
+    config = OptimizerConfig(learning_rate=2e-3, decay=0.9, decay_epochs=10, floor=2e-4)
+    assert [config.rate(e) for e in (0, 9, 10, 20)] == pytest.approx([2e-3, 2e-3, 1.8e-3, 1.62e-3])
+    assert config.rate(1000) == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 1, "trains": ("network",)}, "no term"),
+        ({"epochs": 1}, "nothing that they change"),
+        ({"epochs": 1, "trains": ("newtork",), "terms": (("min", 1.0),)}, "newtork"),
+        ({"epochs": 0, "stop_label_change": 0.1}, "teacher"),
+    ],
+)
+def test_phases_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Phase(name="joint", **fields)
