@@ -56,7 +56,8 @@ def rows() -> Tensor:
 def test_cm_is_the_expected_squared_distance_of_its_three_terms(rows: Tensor) -> None:
     """E1 + E2 + E3 of the paper, from its own formulas."""
     model = model_of("cm").double()
-    log_p = torch.log_softmax(torch.randn(B, K, dtype=torch.float64), 1).requires_grad_()
+    logits = torch.randn(B, K, dtype=torch.float64, requires_grad=True)
+    log_p = torch.log_softmax(logits, 1)
     p, m = log_p.exp(), model.energy.centroids  # type: ignore[union-attr]
     e1 = (rows - p @ m).square().sum(1)
     e2 = (p * (1 - p) * m.square().sum(1)).sum(1)
@@ -66,7 +67,7 @@ def test_cm_is_the_expected_squared_distance_of_its_three_terms(rows: Tensor) ->
     energies = model.energies(rows, rows)
     mine = value("exp", scene_of(model, View(energies=energies, log_p=log_p)))
     torch.testing.assert_close(mine, e1 + e2 + e3)
-    for wrt in (log_p, m):
+    for wrt in (logits, m):
         ours = torch.autograd.grad(mine.sum(), wrt, retain_graph=True)[0]
         theirs = torch.autograd.grad((e1 + e2 + e3).sum(), wrt, retain_graph=True)[0]
         torch.testing.assert_close(ours, theirs)
