@@ -42,8 +42,8 @@ _INK, _QUIET = "#222222", "#b8b8b8"
 class Region(NamedTuple):
     """A rectangle of the plane, and the cluster that each cell's centre belongs to."""
 
-    cells: Labels
-    """(S, S), the lowest row first."""
+    cells: Labels | None
+    """(S, S), the lowest row first; None where a method says nothing of the plane."""
     extent: tuple[float, float, float, float]
     """Left, right, bottom, top."""
 
@@ -90,8 +90,9 @@ def draw_panels(
     columns = min(columns or len(panels), len(panels))
     rows = -(-len(panels) // columns)
     kinds = _marked(panels)
-    extra = 0.35 * bool(title) + 0.3 * bool(kinds)
-    figure = _figure(columns * side, rows * (side + 0.2) + extra)
+    words = max(1 + p.title.count("\n") for p in panels) + any(p.note for p in panels)
+    extra = 0.4 * bool(title) + 0.3 * bool(kinds)
+    figure = _figure(columns * side, rows * (side + 0.18 * words) + extra)
     for place, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, place + 1)
         _draw_panel(axes, panel, palette(n_clusters), bool(kinds))
@@ -131,7 +132,7 @@ def _draw_panel(axes: Axes, panel: Panel, colours: Sequence[str], marked: bool) 
     size = float(np.clip(12_000 / max(n, 1), 4, 16))
     fill = np.tile(to_rgb(_QUIET), (n, 1)) if panel.clusters is None else rgb[panel.clusters]
     edge = 0.55 * fill
-    if panel.region is not None:
+    if panel.region is not None and panel.region.cells is not None:
         pale = 0.35 * rgb + 0.65
         axes.imshow(
             pale[panel.region.cells],
@@ -189,7 +190,7 @@ def draw_experts(
         title: of the figure.
     """
     k = len(names)
-    figure = _figure(0.95 * (k + 1) + 0.2, 1.3 * len(rows) + 0.4 + 0.35 * bool(title))
+    figure = _figure(0.95 * (k + 1), 1.15 * len(rows) + 0.35 + 0.3 * bool(title))
     for r, (name, given, found, p) in enumerate(rows):
         for c in range(k + 1):
             axes = figure.add_subplot(len(rows), k + 1, r * (k + 1) + c + 1)

@@ -100,13 +100,12 @@ class FinishedRun:
 def region_panel(run: FinishedRun, title: str, cells: int = 200) -> Panel | None:
     """The plane by cluster, and the rows in it (DMAE, figure 2); None where rows are not two numbers.
 
-    Spectral clustering says nothing of other points than its own, so its panel has no region.
+    Spectral clustering says nothing of other points than its own, so its region is empty.
     """
     if run.corpus.n_features != 2 or run.corpus.kind != "dense":
         return None
     points = np.asarray(run.rows) / run.row_scale
-    predict = _plane_rule(run)
-    region = None if predict is None else _region(points, predict, cells)
+    region = _region(points, _plane_rule(run), cells)
     return Panel(title=title, points=points, clusters=run.clusters, labels=run.labels, region=region)
 
 
@@ -124,14 +123,17 @@ def _plane_rule(run: FinishedRun) -> Callable[[Points], Labels] | None:
     return None if rule is None else lambda points: rule(points.astype(np.float32) * scale).clusters
 
 
-def _region(points: Points, predict: Callable[[Points], Labels], cells: int) -> Region:
+def _region(points: Points, predict: Callable[[Points], Labels] | None, cells: int) -> Region:
     low, high = points.min(axis=0), points.max(axis=0)
     half = 0.56 * float((high - low).max()) + 1e-9  # a square, so that distances look as they are
     (left, bottom), (right, top) = (low + high) / 2 - half, (low + high) / 2 + half
+    extent = (float(left), float(right), float(bottom), float(top))
+    if predict is None:
+        return Region(None, extent)
     x = left + (np.arange(cells) + 0.5) * (right - left) / cells
     y = bottom + (np.arange(cells) + 0.5) * (top - bottom) / cells
     grid = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-    return Region(predict(grid).reshape(cells, cells), (left, right, bottom, top))
+    return Region(predict(grid).reshape(cells, cells), extent)
 
 
 def latent_panel(run: FinishedRun, title: str, clusters: Labels | None = None) -> Panel | None:
@@ -176,18 +178,21 @@ def code_panels(run: FinishedRun) -> list[Panel]:
         return panels
     phase, model = found
     earlier = encode(model, run.rows)
-    if np.array_equal(earlier, codes):
-        before, note = after, f"{note}; the codes stayed as they were"
-    else:
-        before, note = _turned(_in_the_plane(earlier)[0], after), note
+    moved = not np.array_equal(earlier, codes)
+    before, note_before = _in_the_plane(earlier) if moved else (after, note)
     names = [p.name for p in run.config.phases]
     past = run.config.phases[: names.index(phase) + 1]
     placed = any("initialise_clusters" in p.begin for p in past)
-    clusters = predict_with(run, model) if placed else None
     last = run.config.phases[len(past)].name
+    words = "joint training" if last == "joint" else f"the phase '{last}'"
     return [
-        _code_panel(f"before the phase '{last}'", before, clusters, note),
-        _code_panel(f"after the phase '{last}'", after, run.clusters, note),
+        _code_panel(
+            f"before {words}",
+            _turned(before, after) if moved and codes.shape[1] > 2 else before,
+            predict_with(run, model) if placed else None,
+            note_before,
+        ),
+        _code_panel(f"after {words}{'' if moved else ' (the same codes)'}", after, run.clusters, note),
     ]
 
 
@@ -202,9 +207,9 @@ def _in_the_plane(codes: Points) -> tuple[Points, str]:
     from sklearn.decomposition import PCA
 
     pca = PCA(2, random_state=0)
-    points = pca.fit_transform(codes)
+    points = pca.fit_transform(codes.astype(np.float64))  # long codes that vary little: not in float32
     share = 100 * float(np.nan_to_num(pca.explained_variance_ratio_).sum())
-    return points, f"principal components of {codes.shape[1]} numbers ({share:.0f} % of the variance)"
+    return points, f"2 principal components of {codes.shape[1]}: {share:.0f} % of the variance"
 
 
 def _turned(points: Points, towards: Points) -> Points:
@@ -282,13 +287,13 @@ def _as_images(rows: Points, shape: Sequence[int]) -> Points:
 
 
 def _expert_name(run: FinishedRun, k: int) -> str:
-    """The cluster's number, and the label that most of its rows have."""
+    """Its number, and the label that most rows of its cluster have."""
     if run.labels is None:
-        return f"{k}"
+        return f"expert {k}"
     own = run.labels[(run.clusters == k) & (run.labels >= 0)]
     if not own.size:
-        return f"{k}: none"
-    return f"{k}: {run.corpus.manifest.classes[int(np.bincount(own).argmax())]}"
+        return f"expert {k}\nno row"
+    return f"expert {k}\nmostly {run.corpus.manifest.classes[int(np.bincount(own).argmax())]}"
 
 
 # ---- a run's own
