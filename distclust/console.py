@@ -178,6 +178,12 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     out.print()
     out.print(cluster_table(clusters, width=out.width))
     out.print()
+    if empty := [c.cluster for c in clusters if not c.size]:
+        out.print(
+            f"{len(empty)} of {len(clusters)} clusters have no document: ask for fewer clusters, or raise "
+            "the method's usage prior or balance.",
+            soft_wrap=True,
+        )
     if summary["scored"]:
         name = f"{summary['method']}, seed {summary['seed']}"
         out.print(score_table(name, {key: summary[key] for key in SCORE_NAMES}, summary["baselines"]))
