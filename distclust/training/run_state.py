@@ -206,7 +206,9 @@ class RunHooks(NoHooks):
             "step": position.step,
             "steps_per_epoch": self._steps_per_epoch,
             "global_step": position.global_step,
-            "total_steps": self._steps_per_epoch * sum(p.epochs for p in self._phases),
+            "total_steps": sum(
+                p.epochs * (1 if p.by_sweeps else self._steps_per_epoch) for p in self._phases
+            ),
             "metrics": dict(self._metrics),
             "checkpoint": self._checkpoint,
             "beat": self._beats,
