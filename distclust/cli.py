@@ -1,4 +1,4 @@
-"""The command line: `distclust prepare | train | assign | evaluate | demo | methods`.
+"""The command line: `distclust prepare | train | assign | evaluate | demo | methods | estimate`.
 
 Everything is done by `run.py`; here are the words around it. Errors that a user can mend are printed as one
 paragraph: exit code 2 for a configuration or documents that cannot be used, 1 for everything else.
@@ -303,6 +303,65 @@ def methods(
             print_method(row if isinstance(row, dict) else row_data(row), brief)
         else:
             print_methods(table_data(METHODS.values()), brief)
+
+
+@app.command()
+def estimate(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    documents: Annotated[
+        float, typer.Option("--documents", min=1, help="How many documents, such as 100e6.")
+    ] = 1e6,
+    gpus: Annotated[
+        int, typer.Option("--gpus", min=0, help="GPUs; 0 takes the recipe's workers, one core each.")
+    ] = 1,
+    network: Annotated[
+        str, typer.Option("--network", help="Between two workers, such as 25Gb (bits a second) or 800Mb.")
+    ] = "25Gb",
+    nonzeros: Annotated[
+        float, typer.Option("--nonzeros", min=1, help="Terms of a document in the mean.")
+    ] = 77.0,
+    terms: Annotated[
+        int | None,
+        typer.Option("--terms", min=1, help="Columns; the recipe's by default.", show_default=False),
+    ] = None,
+    teraflops: Annotated[
+        float | None,
+        typer.Option(
+            "--teraflops",
+            help="What a device sustains (python -m jobs.benchmark peak step); 30 for a GPU, 0.05 for a core.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say on paper what a run would need: memory, bytes over the network, a floor of the time, what binds.
+
+    Nothing is run. docs/performance.md says how far measured steps are from it.
+
+    Example: distclust estimate dmae --documents 100e6 --gpus 8 --network 25Gb
+    """
+    with reporting_errors(debug):
+        from dataclasses import asdict, replace
+
+        from distclust.config import load_recipe
+        from distclust.results.estimate import Machine, describe, parse_bits
+        from distclust.results.estimate import estimate as on_paper
+
+        config = load_recipe(recipe, overrides or [])
+        workers = max(config.cluster.worker_range[1], 1)
+        speed = parse_bits(network) / 8
+        machine = Machine(devices=gpus, network=speed) if gpus else Machine.cpu(workers, speed)
+        if teraflops is not None:
+            machine = replace(machine, flops=teraflops * 1e12)
+        found = on_paper(config, int(documents), machine, nonzeros=nonzeros, terms=terms)
+        if as_json:
+            phases = [asdict(p) | {"binds": p.binds} for p in found.phases]
+            data = asdict(found) | {"phases": phases, "seconds": found.seconds}
+            out.print(json.dumps(data, indent=1), soft_wrap=True, markup=False)
+        else:
+            out.print(describe(found, machine), soft_wrap=True, markup=False, highlight=False)
 
 
 # ---- what commands share
