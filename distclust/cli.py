@@ -329,7 +329,8 @@ def estimate(
         float | None,
         typer.Option(
             "--teraflops",
-            help="What a device sustains (python -m jobs.benchmark peak step); 30 for a GPU, 0.05 for a core.",
+            help="What a device sustains, as `python -m jobs.benchmark peak step` finds it; 30 for a GPU, "
+            "0.05 for a core.",
             show_default=False,
         ),
     ] = None,

@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {"max_features": 2000, "sublinear_tf": True, "stop_wor
 
 def text(quick: bool) -> list[Row]:
     """Documents/s and peak memory, both to a matrix on disk; and whether it is the same matrix."""
-    documents = 40_000 if quick or os.environ.get("DISTCLUST_BENCH_TEXTS") == "few" else 120_000
+    documents = 40_000 if quick else 400_000
     with tempfile.TemporaryDirectory() as folder:
         files = _files(documents, Path(folder))
         both = {who: in_a_process(__name__, who, folder, *files) for who in ("ours", "peer")}
