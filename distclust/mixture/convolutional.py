@@ -239,6 +239,8 @@ def augment(x: Rows, image: tuple[int, ...], rotation: float, shift: float, nois
     all noise is, so they do not depend on the number of workers.
     """
     pictures = as_images(x, image)
+    if not len(pictures):  # a worker without rows in this step
+        return pictures.flatten(1)
     draws = noise.uniform("augment", 3) * 2.0 - 1.0  # (B, 3) in [-1, 1)
     angle = draws[:, 0] * rotation
     height, width = image[1], image[2]

@@ -15,6 +15,7 @@ from distclust.mixture.sparse import Rows, rows_times
 ACTIVATIONS = {
     "relu": F.relu,
     "leaky_relu": lambda v: F.leaky_relu(v, 0.2),
+    "leaky_relu_01": lambda v: F.leaky_relu(v, 0.01),
     "elu": F.elu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
@@ -41,7 +42,9 @@ class Lanes:
         assert self.counts is not None
         if sum(self.counts) != rows:
             raise ValueError(f"{rows} rows in lanes of {list(self.counts)}")
-        counts = torch.tensor(self.counts, device=like.device)
+        counts = torch.tensor(self.counts)
+        if like.is_cuda:  # so that nothing waits for the copy
+            counts = counts.pin_memory().to(like.device, non_blocking=True)
         lanes = torch.arange(len(self.counts), device=like.device)
         of_row = torch.repeat_interleave(lanes, counts, output_size=rows)
         return F.one_hot(of_row, len(self.counts)).to(like.dtype).t()

@@ -54,7 +54,7 @@ class Method:
             names["gate_usage"] = None
         if "teacher" in names:  # it has the frequencies too
             names.pop("gate_usage", None)
-        if self.settings.norm == "batch" and phase.trains:
+        if self.settings.norm == "batch" and phase.trains_network:
             names["batch_norm"] = None
         return tuple(names)
 
@@ -84,6 +84,14 @@ class Method:
                 f"{self.settings.dissimilarity}: use dmae-lse or dmae-exp, which descend by gradient"
             )
 
+        if by_em and self.settings.dissimilarity == "kullback_leibler":
+            one_of(f"{where}: model.normaliser", self.settings.normaliser, ("none", "plain", "abs", "relu"))
+        if self.settings.balance and self.phases and "lse_clean_teacher" not in self.terms:
+            raise ValueError(
+                f"{where}: model.balance corrects the teacher of the term lse_clean_teacher, which no phase "
+                "has; use damic-text, or leave model.balance at 0"
+            )
+
     def _check_slots(self, where: str) -> None:
         if self.aggregator in ("LSE", "FREE") and self.gate in ("tied", "hard"):
             raise ValueError(
@@ -92,17 +100,13 @@ class Method:
             )
         if self.gate == "prior" and self.readout != "responsibility":
             raise ValueError(f"{where}: a prior gate is the same for every row; read out the responsibility")
-        if self.aggregator == "MIX" and (
-            self.energy != "dissimilarity" or self.gate not in ("tied", "network")
-        ):
+        if self.aggregator == "MIX" and (self.energy != "dissimilarity" or self.gate != "tied"):
             raise ValueError(
-                f"{where}: MIX needs parameters that can be mixed and a gate; experts cannot be mixed"
+                f"{where}: MIX needs parameters that can be mixed and a tied gate; experts cannot be mixed"
             )
         if self.aggregator == "TARGET" and self.gate not in ("tied", "network", "linear", "expert_codes"):
             raise ValueError(f"{where}: TARGET needs a gate that can be trained, found {self.gate}")
-        if self.gate == "expert_codes" and (
-            self.energy != "experts" or self.settings.experts in ("constant", "convolutional")
-        ):
+        if self.gate == "expert_codes" and (self.energy != "experts" or self.settings.experts == "constant"):
             raise ValueError(f"{where}: a gate on the experts' codes needs experts that have codes")
         without = self.energy == "none"
         if without and (self.aggregator not in ("TARGET", "NONE") or self.gate in ("tied", "hard")):

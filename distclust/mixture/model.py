@@ -242,7 +242,11 @@ class MixtureModel(nn.Module):
     def pseudo_labels(self, x: Rows) -> Tensor:
         """The k-means cluster (B,) of the rows' codes: DAMIC's pseudo-labels, from the frozen pretrained
         encoder."""
-        return torch.cdist(self.codes(x), self.pseudo_centroids).argmin(1)
+        counts, self.lanes.counts = self.lanes.counts, None
+        try:
+            return torch.cdist(self.codes(x), self.pseudo_centroids).argmin(1)
+        finally:
+            self.lanes.counts = counts
 
     def view(
         self, x: Rows, needs: Iterable[str], noise: Noise | None = None, noisy: Iterable[str] = ()
@@ -304,7 +308,8 @@ class MixtureModel(nn.Module):
     ) -> Scene:
         """A forward pass with the phase's noise: augmentation, dropout, and batches normalised by lanes."""
         s = self.settings
-        self.lanes.counts = noise.lane_rows if noise is not None else None
+        # a network that does not learn normalises with its running values
+        self.lanes.counts = noise.lane_rows if noise is not None and phase.trains_network else None
         try:
             if noise is not None and "augment" in phase.noise and (s.rotation or s.shift):
                 x = augment(x, s.image, s.rotation, s.shift, noise)

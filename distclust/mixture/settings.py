@@ -26,7 +26,7 @@ class ModelSettings:
     code_size: int = 64
     """J, the length of a code; of no use where the row has no network."""
     activation: str = "relu"
-    """relu, leaky_relu, elu, tanh or sigmoid."""
+    """relu, leaky_relu (0.2), leaky_relu_01 (0.01), elu, tanh or sigmoid."""
     norm: Literal["none", "layer", "batch"] = "none"
     """Normalisation of the hidden layers; batch normalises each lane by itself."""
     input_dropout: float = 0.0
@@ -84,8 +84,8 @@ class ModelSettings:
     degrees: float = 1.0
     """Degrees of freedom of the heavy-tailed energy (DEC: 1)."""
     log_det: float = 0.0
-    """Weight of the log-determinant of a Mahalanobis precision: 1 makes it a proper Gaussian, 0 is DMAE as
-    published."""
+    """Weight of the log-determinant of a Mahalanobis precision, on the scale of 1 / alpha of a tied gate: 1
+    makes it a proper Gaussian, 0 is DMAE as published."""
     precision_start: Literal["covariance", "identity"] = "covariance"
     """How Mahalanobis precisions start: from the k-means clusters' covariances, or as identities."""
     fourier_gamma: float = 1.0
@@ -246,6 +246,11 @@ class Phase:
     def trains_parameter(self, name: str) -> bool:
         """Whether the parameter of that name has a gradient in this phase."""
         return any(name == part or name.startswith(part + ".") for part in self.trains)
+
+    @property
+    def trains_network(self) -> bool:
+        """Whether the network learns, and its batches are normalised by themselves."""
+        return any(part.split(".")[0] == "network" for part in self.trains)
 
     @property
     def by_sweeps(self) -> bool:

@@ -275,7 +275,7 @@ def _sums_of_clusters(scene: Scene, prefix: str) -> Stats:
 
 
 def _count(rows: Tensor) -> Tensor:
-    return torch.tensor(float(rows.shape[0]), dtype=torch.float64, device=rows.device)
+    return torch.full((), float(rows.shape[0]), dtype=torch.float64, device=rows.device)
 
 
 STATISTICS: dict[str, Statistic] = {

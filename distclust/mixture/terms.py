@@ -255,7 +255,7 @@ def _reconstruction(s: Scene) -> Tensor:
 def _mixed_reconstruction(s: Scene) -> Tensor:
     """Mean over features of the squared error of x from the mixed centroid (DMAE Eq 17, 18)."""
     theta, _ = _centroids(s).mix(_log_p(s).exp())
-    return s.model.network.recon_error(theta * s.model.code_radius, s.x, s.view.layers) / s.model.n_features
+    return s.model.network.recon_error(theta * s.model.code_radius, s.x) / s.model.n_features
 
 
 def _layer_reconstruction(s: Scene) -> Tensor:
@@ -300,8 +300,8 @@ def _usage_prior(s: Scene) -> Tensor:
     """`-sum_k log g_k`, g the mean gate over the global batch: the Dirichlet prior of CM without its factor.
 
     CM adds `(1 - alpha) sum_k log g_k` to a sum over its batch of B rows; as a mean over rows the weight of
-    this term is (alpha - 1) / B. The derivative is taken through log p, so that a cluster whose gate
-    underflows in float32 is still pulled back: `p_ik / g_k` is at most the number of rows.
+    this term is (alpha - 1) / B. The derivative is taken through log p in float64, so that a cluster whose
+    gate underflows in float32 is still pulled back (down to log p = -700): `p_ik / g_k` is at most B.
     """
     log_g, log_p = _log_mean_gate(s), _log_p(s)
     share = (log_p.detach().double() - log_g).exp().to(log_p.dtype)

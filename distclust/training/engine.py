@@ -15,8 +15,9 @@ import posixpath
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -103,6 +104,15 @@ class Outcome:
     global_steps: int
 
 
+class _Flag(NamedTuple):
+    """The non-finite flag as it was after a step, on its way to the host."""
+
+    value: Tensor
+    copied: torch.cuda.Event | None
+    batch: Batch
+    position: Position
+
+
 class StepLoss(nn.Module):
     """The loss of a step as one module, for DDP to wrap.
 
@@ -179,7 +189,7 @@ class Trainer:
         self.position, self.totals, self.phase_checkpoints = Position(), {}, {}
         self.sums = {}
         self.bad = torch.zeros((), device=world.device)
-        self._bad_before: tuple[Tensor, Batch, Position] | None = None
+        self._bad_before: _Flag | None = None
         self.average = WeightAverage()
         self._warned_of_softness = False
         self._timer = time.perf_counter()
@@ -211,6 +221,8 @@ class Trainer:
         for epoch in range(self.position.epoch, phase.epochs):
             if self.train_epoch(phase, epoch, loss):
                 log.info("phase %s ends in epoch %d: its labels have settled", phase.name, epoch)
+                if self.sums:
+                    self.write_log(phase)
                 break
         self.check_finite()
         if phase.average_last_epoch:
@@ -329,12 +341,18 @@ class Trainer:
     def sweep(self, statistic: Statistic) -> None:
         """A statistic over the whole data: sums over own lanes, then over workers."""
         sums: Stats = {}
+
+        def add(batch: Batch) -> None:
+            x = self.rows(batch)
+            scene = Scene(self.model, x, self.model.view(x, statistic.needs), self.totals)
+            for key, value in statistic.collect(scene).items():
+                sums[key] = sums[key] + value if key in sums else value
+
         with torch.no_grad():
             for batch in self.stream.scan():
-                x = self.rows(batch)
-                scene = Scene(self.model, x, self.model.view(x, statistic.needs), self.totals)
-                for key, value in statistic.collect(scene).items():
-                    sums[key] = sums[key] + value if key in sums else value
+                add(batch)
+            if not sums:  # a worker whose lanes have no row at all takes part with zeros
+                add(self.stream.gather(np.empty(0, np.int64)))
             self._apply(statistic, sums)
 
     def _collect(self, statistic: Statistic, x: Rows, phase: Phase, noise: Noise | None) -> None:
@@ -375,18 +393,25 @@ class Trainer:
         self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
 
     def _read_flag_late(self, batch: Batch, phase: Phase) -> None:
-        before = self._bad_before
+        before, done = self._bad_before, None
         copy = self.bad.to("cpu", non_blocking=True) if self.bad.is_cuda else self.bad.clone()
-        self._bad_before = (copy, batch, self.position)
-        if before is not None and bool(before[0]):
-            explain(self, before[1], before[2], phase)
+        if self.bad.is_cuda:
+            done = torch.cuda.Event()
+            done.record()
+        self._bad_before = _Flag(copy, done, batch, self.position)
+        if before is None:
+            return
+        if before.copied is not None:
+            before.copied.synchronize()  # of the step before this one, which the device has behind it
+        if bool(before.value):
+            explain(self, before.batch, before.position, phase)
 
     def check_finite(self) -> None:
         """Wait for the flag of the last step: before a checkpoint and at the end of a phase."""
         if self._bad_before is not None:
-            _, batch, position = self._bad_before
+            before = self._bad_before
             if bool(self.bad):
-                explain(self, batch, position, self.phases[position.phase])
+                explain(self, before.batch, before.position, self.phases[before.position.phase])
 
     # ---- the log
 

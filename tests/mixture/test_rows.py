@@ -279,6 +279,31 @@ def test_bregman_clustering_refuses_what_is_no_bregman_divergence() -> None:
         model_of("bregman", dissimilarity="manhattan")
 
 
+def test_bregman_clustering_by_kl_needs_a_normaliser_that_leaves_means_alone() -> None:
+    with pytest.raises(ValueError, match="normaliser is 'softmax_abs'; expected one of: abs, none, plain"):
+        model_of("bregman", dissimilarity="kullback_leibler")
+
+
+def test_a_balance_that_nothing_would_use_is_refused() -> None:
+    with pytest.raises(ValueError, match="lse_clean_teacher.*damic-text"):
+        model_of("damic", balance=1.0)
+
+
+def test_batch_norm_of_a_frozen_network_keeps_its_running_values() -> None:
+    """The experts' phase must see the pseudo-labels that k-means made."""
+    model = model_of("damic", norm="batch")
+    phase = next(p for p in METHODS["damic"].phases if p.name == "experts")
+    assert "batch_norm" not in model.method.statistics_of(phase)
+    x, noise = torch.randn(B, J), Noise(0, 0, [0, 1], [B // 2, B // 2], "cpu")
+    labels = model.scene(x, phase, {}, noise).view.pseudo_labels
+    assert torch.equal(labels, model.pseudo_labels(x))  # type: ignore[arg-type]
+    norms = [m for m in model.modules() if isinstance(m, LaneBatchNorm)]
+    assert norms
+    assert not any(m.seen for m in norms)
+    model.scene(x, METHODS["damic"].phases[0], {}, noise)
+    assert all(m.seen for m in model.network.encoder.norms)
+
+
 # ---- traps that the reference names
 
 
@@ -401,6 +426,8 @@ def test_images_are_turned_and_shifted_as_far_as_asked_and_no_farther() -> None:
     torch.testing.assert_close(mass, torch.full((200,), 16.0), atol=1e-3, rtol=0)
     rows = (moved.sum(2) * torch.arange(16.0)).sum(1) / mass - 7.5
     assert 1.5 < float(rows.abs().max()) <= 2.0 + 1e-4
+    nobody = augment(x[:0], (1, 16, 16), 0.3, 2.0, Noise(0, 3, [0], [0], "cpu"))
+    assert nobody.shape == (0, 256)  # a worker without rows in a step
     turned = augment(x, (1, 16, 16), 0.3, 0.0, noise).view(-1, 16, 16)
     assert float((turned - moved).abs().max()) > 0.1
     again = augment(x, (1, 16, 16), 0.3, 2.0, Noise(0, 3, [0], [200], "cpu"))

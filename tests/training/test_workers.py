@@ -71,7 +71,12 @@ class Jobs:
     def add(self, name: str, method: str, world: int, **more: Any) -> Job:
         changes = {**CHANGES.get(method, {}), **more.pop("changes", {})}
         one = runs.job(
-            runs.tiny_config(method, **changes), self.corpus, self.folder / name, world, rows=True, **more
+            runs.tiny_config(method, **changes),
+            more.pop("corpus", self.corpus),
+            self.folder / name,
+            world,
+            rows=True,
+            **more,
         )
         self.all.append(one)
         return one
@@ -90,6 +95,9 @@ class Jobs:
                 name = f"moved-{method}-{world}"
                 self.moved[method, world] = self.add(name, method, world, copy=[start["run"], name])
         self.exploding = self.add("exploding", "damic", 2, changes={"learning_rate": 1e30})
+        few = self.folder / "few"
+        make_corpus(few, shard_rows=(5,), n_features=30)
+        self.few = {world: self.add(f"few-{world}", "dec", world, corpus=few) for world in (1, 4)}
 
     def plan_gradients(self, method: str) -> None:
         """The first step of each phase, on each world size from the same checkpoint."""
@@ -190,6 +198,14 @@ def test_a_checkpoint_of_two_workers_goes_on_with_one_and_three(jobs: Jobs, meth
         found = runs.final_weights(one)
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_workers_without_a_single_row_take_part(jobs: Jobs) -> None:
+    """Five documents in six lanes: with four workers one of them never has a row."""
+    alone, shared = (runs.losses(jobs.few[world]) for world in (1, 4))
+    assert alone.keys() == shared.keys()
+    for step, metrics in alone.items():
+        assert shared[step]["loss"] == pytest.approx(metrics["loss"], rel=2e-3, abs=1e-5)
 
 
 def test_a_loss_that_explodes_stops_all_workers_with_the_reason(jobs: Jobs) -> None:

@@ -101,6 +101,7 @@ DCN = Method(
     aggregator="MIN",
     readout="energy",
     reconstruction="x from z",
+    # the layers, Adam and lambda = 1 are a choice; its code has layers of its own for each data set
     settings=ModelSettings(hidden=(500, 500, 2000), code_size=10, dissimilarity="squared_euclidean"),
     phases=(
         pretrain(50, adam(1e-3)),
@@ -162,7 +163,7 @@ DEPICT = Method(
     settings=ModelSettings(
         hidden=(500, 500, 2000),
         code_size=10,
-        activation="leaky_relu",
+        activation="leaky_relu_01",
         conv=((50, 5, 2, 1), (50, 5, 2, 1)),
         input_dropout=0.1,
         hidden_dropout=0.1,
