@@ -1,13 +1,15 @@
 """What stands beside the table of methods: scikit-learn's estimators, and what is left out.
 
-Data; nothing heavy is imported. The rows of the mixture methods are in methods.py.
+Data. The rows of the mixture methods are in methods.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from distclust.mixture.energies import DISSIMILARITIES, NORMALISERS
+from distclust.mixture.settings import one_of
 
 SLOTS = (
     "network",
@@ -23,11 +25,6 @@ SLOTS = (
 
 
 # ---- scikit-learn's estimators
-
-
-def _one_of(field: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{field} is {value!r}; expected one of: {', '.join(sorted(allowed))}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +69,8 @@ class EstimatorConfig:
             raise ValueError(f"estimator.components is {self.components}; expected 0 or more")
         if not self.floor > 0:
             raise ValueError(f"estimator.floor is {self.floor}; expected a variance above 0")
-        if self.dissimilarity != "euclidean":
-            from distclust.mixture.energies import DISSIMILARITIES, NORMALISERS
-
-            _one_of("estimator.dissimilarity", self.dissimilarity, DISSIMILARITIES)
-            _one_of("estimator.normaliser", self.normaliser, NORMALISERS)
+        one_of("estimator.dissimilarity", self.dissimilarity, DISSIMILARITIES)
+        one_of("estimator.normaliser", self.normaliser, NORMALISERS)
         if self.p < 1:
             raise ValueError(f"estimator.p is {self.p}; Minkowski's exponent is at least 1")
         if not self.interval > 0:

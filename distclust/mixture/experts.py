@@ -1,9 +1,13 @@
-"""K experts as one module: each gives back its input, and its squared error is the energy of its cluster."""
+"""K experts as one module: each gives back its input, and its squared error is the energy of its cluster.
+
+Every kind has `errors(x)` (B, K), summed over features; those with codes have `codes(x)` (B, K, J) and both
+of one pass, `codes_and_errors(x)`; `reconstruct(x)` (B, K, D) is dense and large: for pictures, never for a
+loss.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +24,6 @@ from distclust.mixture.sparse import (
     rows_times,
     square_norms,
 )
-
-
-class Experts(Protocol):
-    """What the mixture asks of K experts."""
-
-    def errors(self, x: Rows) -> Tensor:
-        """`||x - f_k(x)||^2` summed over features, (B, K)."""
-        ...
-
-    def codes(self, x: Rows) -> Tensor:
-        """The experts' codes, (B, K, J)."""
-        ...
-
-    def reconstruct(self, x: Rows) -> Tensor:
-        """f_k(x) itself, (B, K, D): dense and large; for pictures, never for a loss."""
-        ...
 
 
 def build_experts(n_inputs: int, n_clusters: int, s: ModelSettings) -> nn.Module:
@@ -106,10 +94,16 @@ class LowRankExperts(ConstantExperts):
 
     def errors(self, x: Rows) -> Tensor:
         """`||x - f_k(x)||^2`, (B, K)."""
-        return (super().errors(x) - self._projections(x).square().sum(2)).clamp_min(0.0)
+        return self.codes_and_errors(x)[1]
 
     def codes(self, x: Rows) -> Tensor:
+        """U_k'(x - m_k), (B, K, R)."""
         return self._projections(x)
+
+    def codes_and_errors(self, x: Rows) -> tuple[Tensor, Tensor]:
+        """Both of the above in one pass."""
+        codes = self._projections(x)
+        return codes, (super().errors(x) - codes.square().sum(2)).clamp_min(0.0)
 
     def reconstruct(self, x: Rows) -> Tensor:
         """m_k + U_k U_k'(x - m_k), (B, K, D)."""
@@ -203,15 +197,21 @@ class ConvolutionalExperts(nn.Module):
 
     def errors(self, x: Rows) -> Tensor:
         """`||x - f_k(x)||^2` summed over pixels, (B, K)."""
-        x = x.to_dense() if isinstance(x, SparseRows) else x
-        found = []
-        for expert in self._each():
-            z, layers = expert.encode_with_layers(x)
-            found.append(expert.recon_error(z, x, layers))
-        return torch.stack(found, dim=1)
+        return self.codes_and_errors(x)[1]
 
     def codes(self, x: Rows) -> Tensor:
+        """The experts' codes, (B, K, J)."""
         return torch.stack([expert.encode(x) for expert in self._each()], dim=1)
+
+    def codes_and_errors(self, x: Rows) -> tuple[Tensor, Tensor]:
+        """Both of the above in one pass."""
+        x = x.to_dense() if isinstance(x, SparseRows) else x
+        codes, errors = [], []
+        for expert in self._each():
+            z, layers = expert.encode_with_layers(x)
+            codes.append(z)
+            errors.append(expert.recon_error(z, x, layers))
+        return torch.stack(codes, dim=1), torch.stack(errors, dim=1)
 
     def reconstruct(self, x: Rows) -> Tensor:
         """f_k(x), (B, K, D), poolings undone as in `errors`."""

@@ -7,6 +7,8 @@ do not make sense, and says why. A row of your own needs no change here: a recip
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from distclust.mixture.imports import import_object, is_import_path
 from distclust.mixture.method import Method
 from distclust.mixture.rows import cm, damic, deep, dmae
@@ -26,8 +28,6 @@ def find_method(name: str) -> Method:
     """
     if not is_import_path(name):
         return METHODS[name]
-    from dataclasses import replace
-
     row = import_object(name)
     if not isinstance(row, Method):
         raise ValueError(f"{name} is a {type(row).__name__}; expected a distclust.mixture.methods.Method")

@@ -220,11 +220,9 @@ class MixtureModel(nn.Module):
         return self.energy.pairwise(self.energy_codes(z))
 
     def log_gate(self, x: Rows, z: Tensor | None, energies: Tensor | None, noise: Noise | None) -> Tensor:
-        """log p (B, K)."""
+        """log p (B, K); x is what a gate network reads: rows, or the experts' codes one after the other."""
         gate = self.gate
         if isinstance(gate, NetworkGate):
-            if self.method.gate == "expert_codes":
-                return gate.log_p(self.experts.codes(self.expert_inputs(x)).flatten(1), noise)
             return gate.log_p(x, noise)
         if isinstance(gate, LinearGate):
             assert z is not None
@@ -258,21 +256,35 @@ class MixtureModel(nn.Module):
         network_noise = noise if "network" in noisy else None
         if "codes" in needs:
             z, layers = self.network.encode_with_layers(x, network_noise)
-        if "clean_layers" in needs and network_noise is not None:
+        clean_z = z
+        if network_noise is not None and needs & {"clean_layers", "clean_gate"}:
             with torch.no_grad():
-                layers = self.network.encode_with_layers(x)[1]
-        energies = log_q = None
-        if "energies" in needs:
+                clean_z, clean_layers = self.network.encode_with_layers(x)
+            layers = clean_layers if "clean_layers" in needs else layers
+        energies: Tensor | None = None
+        log_q: Tensor | None = None
+        expert_codes: Tensor | None = None
+        if "energies" in needs and self.method.gate == "expert_codes":
+            expert_codes, errors = self.experts.codes_and_errors(self.expert_inputs(x))
+            energies = 0.5 * errors
+        elif "energies" in needs:
             mean, variance = z, None
             if "log_variance" in layers and network_noise is not None:
                 mean, variance = layers["mean"], layers["log_variance"].exp()
             energies = self.energies(x, mean, variance)
-        log_p = self.log_gate(x, z, energies, noise if "gate" in noisy else None) if "gate" in needs else None
+        gate_noise = noise if "gate" in noisy else None
+        asked = x if expert_codes is None else expert_codes.flatten(1)
+        log_p = self.log_gate(asked, z, energies, gate_noise) if "gate" in needs else None
         if "own_q" in needs:
             assert log_p is not None
             # q(c | x) is the mixture's posterior at the drawn code (VaDE)
             log_q = responsibility(log_p, self.energies(x, z), self.tau)
-        clean = self._clean_log_gate(x, energies, network_noise) if "clean_gate" in needs else None
+        clean = None
+        if "clean_gate" in needs:
+            with torch.no_grad():
+                other = network_noise is not None and energies is not None and self.experts is None
+                clean_energies = self.energies(x, clean_z) if other else energies
+                clean = self.log_gate(asked, clean_z, clean_energies, None)
         labels = self.pseudo_labels(x) if "pseudo_labels" in needs else None
         teacher = self._teacher_log_p(x) if "teacher" in needs else None
         return View(z, energies, log_p, clean, labels, log_q, teacher, layers)
@@ -280,21 +292,13 @@ class MixtureModel(nn.Module):
     def _with_what_they_need(self, needs: Iterable[str]) -> frozenset[str]:
         """The needs, and what has to be computed for them."""
         found = set(needs)
-        if found & {"gate", "clean_gate"} and self.method.gate in ("tied", "hard"):
+        if found & {"gate", "clean_gate"} and self.method.gate in ("tied", "hard", "expert_codes"):
             found.add("energies")
         if found & {"gate", "clean_gate"} and self.method.gate == "linear":
             found.add("codes")
         if "own_q" in found or ("energies" in found and self.experts is None):
             found.add("codes")
         return frozenset(found)
-
-    @torch.no_grad()
-    def _clean_log_gate(self, x: Rows, energies: Tensor | None, network_noise: Noise | None) -> Tensor:
-        if network_noise is not None and self.method.gate in ("linear", "tied"):
-            z = self.network.encode(x)
-            return self.log_gate(x, z, self.energies(x, z) if energies is not None else None, None)
-        z = self.network.encode(x) if self.method.gate == "linear" else None
-        return self.log_gate(x, z, energies, None)
 
     # ---- what the loop calls
 

@@ -94,8 +94,6 @@ class ModelSettings:
     """Largest rotation of an image, in radians, in the phases whose noise names augment (DMAE: 0.3)."""
     shift: float = 0.0
     """Largest shift of an image in each direction, in pixels (DMAE: 2)."""
-    recentre_every: int = 1
-    """Epochs between two closed-form updates of the centroids, where a phase keeps them so."""
     network: str = ""
     """A network of your own as module:name, in place of the row's."""
 
@@ -112,7 +110,7 @@ class ModelSettings:
                 raise ValueError(f"model.{name} is {list(widths)}; expected one or more widths of at least 1")
         if self.gate_hidden and min(self.gate_hidden) < 1:
             raise ValueError(f"model.gate_hidden is {list(self.gate_hidden)}; expected widths of at least 1")
-        for name in ("code_size", "expert_code_size", "recentre_every"):
+        for name in ("code_size", "expert_code_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; expected at least 1")
         for name in ("input_dropout", "hidden_dropout", "gate_dropout"):
@@ -207,6 +205,8 @@ class Phase:
     when = 'begin'."""
     noise: tuple[str, ...] = ()
     """Submodules whose dropout is on; 'augment' disturbs images."""
+    sweep_epochs: int = 1
+    """Epochs between two passes of the statistics with when = 'epoch' (closed-form centroids)."""
     refresh_steps: int = 0
     """Steps between two refreshes of the teacher's target; 0: once an epoch."""
     stop_label_change: float = 0.0
@@ -240,6 +240,8 @@ class Phase:
                 f"phase {self.name} stops by label changes, which its teacher counts; expected the "
                 "statistic 'teacher'"
             )
+        if self.sweep_epochs < 1:
+            raise ValueError(f"phase {self.name}: sweep_epochs is {self.sweep_epochs}; expected at least 1")
         if self.anneal_epochs < 1 or not self.anneal_from > 0:
             raise ValueError(f"phase {self.name}: anneal_epochs and anneal_from must be above 0")
 

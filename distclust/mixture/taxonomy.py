@@ -93,7 +93,7 @@ def _architecture(row: Method | Estimator) -> str:
 
 
 def _trains_network(row: Method | Estimator) -> bool:
-    return not isinstance(row, Estimator) and any("network" in phase.trains for phase in row.phases)
+    return not isinstance(row, Estimator) and any(phase.trains_network for phase in row.phases)
 
 
 def _features(row: Method | Estimator) -> str:

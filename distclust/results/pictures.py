@@ -6,7 +6,7 @@ What is drawn is computed here, from the run folder alone; how it looks is in `r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from distclust.config import RunConfig, from_dict
 from distclust.corpus.shards import Corpus
-from distclust.corpus.synthetic import DIGITS, GENERATORS, latent_points
+from distclust.corpus.synthetic import GENERATORS, latent_points
 from distclust.errors import DataError
 from distclust.mixture.catalogue import ESTIMATORS
 from distclust.mixture.model import MixtureModel
@@ -34,7 +34,6 @@ MOST_ROWS = 5_000
 """Rows that are drawn at most, evenly drawn from the corpus."""
 _WIDEST_CODES = 4_096
 _REFIT_ROWS = 50_000
-_IMAGES: Mapping[str, tuple[int, int, int]] = {"mnist": (1, 28, 28), DIGITS: (1, 8, 8)}
 
 
 # ---- what is drawn of a run
@@ -258,7 +257,7 @@ def expert_rows(
     Returns:
         What `draw_experts` takes; None where there are no experts of images.
     """
-    shape = run.config.model.image or _IMAGES.get(run.config.source.name, ())
+    shape = run.config.model.image or tuple(run.corpus.manifest.options.get("image_shape", ()))
     model = None if run.predictor is None else run.predictor.model
     if model is None or model.experts is None or model.settings.expert_space != "rows":
         return None

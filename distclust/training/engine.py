@@ -155,6 +155,8 @@ class Trainer:
     # what is trained
     model: MixtureModel
     optimizer: torch.optim.Optimizer
+    # the statistics of the phase
+    kept: list[Statistic]
     # what is resumed, beside those two
     position: Position
     totals: Stats  # statistics of the epoch
@@ -201,6 +203,7 @@ class Trainer:
         optimizer_state = self.restore()
         for index in range(self.position.phase, len(self.phases)):
             phase = self.phases[index]
+            self.kept = [STATISTICS[name] for name in self.model.method.statistics_of(phase)]
             if self.position == replace(self.position, epoch=0, step=0):
                 self.begin(phase)
             if phase.by_sweeps:
@@ -234,9 +237,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = phase.optimizer.rate(epoch)
         if self.position.step == 0:
-            for statistic in self._statistics(phase, "epoch"):
-                if epoch % self.config.model.recentre_every == 0:
-                    self.sweep(statistic)
+            for statistic in self._statistics("epoch") if epoch % phase.sweep_epochs == 0 else ():
+                self.sweep(statistic)
         averaged = phase.average_last_epoch and epoch + 1 == phase.epochs
         passes_before = sum(p.epochs for p in self.phases[: self.position.phase])
         for batch in self.stream.epoch(passes_before + epoch, self.position.step):
@@ -264,7 +266,7 @@ class Trainer:
 
     def sweep_epoch(self, phase: Phase, epoch: int) -> None:
         """An epoch without an optimiser: one pass for each statistic, counted as one step (EM)."""
-        for statistic in self._statistics(phase, "epoch"):
+        for statistic in self._statistics("epoch"):
             self.sweep(statistic)
         mine = float(self.world.is_first)  # the totals are reduced already
         self.sums = {
@@ -285,7 +287,7 @@ class Trainer:
         every = phase.refresh_steps or self.order.steps_per_epoch
         if done % every:
             return False
-        statistics = list(self._statistics(phase, "refresh"))
+        statistics = list(self._statistics("refresh"))
         for statistic in statistics:
             self.sweep(statistic)
         if not statistics or not phase.stop_label_change or done == 0 or "moved" not in self.totals:
@@ -296,14 +298,14 @@ class Trainer:
         """One update. Nothing here waits for the device."""
         x = self.rows(batch)
         noise = self.noise(batch, self.position.global_step)
-        for statistic in self._statistics(phase, "before_step"):
+        for statistic in self._statistics("before_step"):
             self._collect(statistic, x, phase, noise)
         self.optimizer.zero_grad(set_to_none=True)
         value, seen = loss(x, noise, phase, self.totals, batch.rows_in_step)
         value.backward()
         self._mask_update(loss)
         self.optimizer.step()
-        for statistic in self._statistics(phase, "after_step"):
+        for statistic in self._statistics("after_step"):
             self._collect(statistic, x, phase, None)
         seen["rows"] = torch.tensor(float(batch.rows.shape[0]))
         for key, total in seen.items():
@@ -367,9 +369,8 @@ class Trainer:
         if statistic.when != "begin":
             self.totals |= totals
 
-    def _statistics(self, phase: Phase, when: str) -> Iterator[Statistic]:
-        names = self.model.method.statistics_of(phase)
-        return (STATISTICS[name] for name in names if STATISTICS[name].when == when)
+    def _statistics(self, when: str) -> Iterator[Statistic]:
+        return (statistic for statistic in self.kept if statistic.when == when)
 
     def rows(self, batch: Batch) -> Rows:
         """The batch as the mixture takes it."""

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits, make_circles, make_moons
 
 from distclust.corpus import readers, synthetic
 from distclust.corpus.prepare import prepare_local
-from distclust.corpus.shards import Corpus, ShardConfig
+from distclust.corpus.shards import Corpus, Manifest, ShardConfig
 from distclust.corpus.sources import Source, SourceConfig, open_source
 from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import ConfigError, DataError
@@ -161,6 +161,17 @@ def test_the_digits_are_scikit_learns() -> None:
     np.testing.assert_array_equal(values, (x / 16).astype(np.float32))
     assert labels == [str(label) for label in y]
     assert open_source(SourceConfig(name="digits")).image_shape == (1, 8, 8)
+
+
+def test_the_manifest_says_what_shape_images_have(tmp_path: Path) -> None:
+    def prepared(name: str) -> Manifest:
+        scale = VocabularyConfig(scale=1.0)
+        return prepare_local(SourceConfig(name=name), scale, ShardConfig(), tmp_path / name)
+
+    made = prepared("digits")
+    assert made.options["image_shape"] == [1, 8, 8]
+    assert prepared("digits").fingerprint == made.fingerprint
+    assert "image_shape" not in prepared("moons").options
 
 
 def test_another_seed_or_number_is_another_source() -> None:

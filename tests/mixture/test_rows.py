@@ -304,6 +304,24 @@ def test_batch_norm_of_a_frozen_network_keeps_its_running_values() -> None:
     assert all(m.seen for m in model.network.encoder.norms)
 
 
+@pytest.mark.parametrize(
+    ("method", "part", "function", "times"),
+    [
+        ("depict", "network", "encode_with_layers", 2),  # disturbed and undisturbed
+        ("mixae", "experts", "_first", 1),
+    ],
+)
+def test_nothing_is_computed_twice_in_a_step(method: str, part: str, function: str, times: int) -> None:
+    model = model_of(method, conv=())
+    owner, calls = getattr(model, part), []
+    original = getattr(owner, function)
+    setattr(owner, function, lambda *given: (calls.append(1), original(*given))[1])
+    phase = METHODS[method].phases[-1]
+    view = model.scene(torch.randn(B, J), phase, {}, Noise(0, 0, [0], [B], "cpu")).view
+    assert view.log_p is not None
+    assert len(calls) == times
+
+
 # ---- traps that the reference names
 
 

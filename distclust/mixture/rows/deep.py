@@ -271,7 +271,7 @@ ALJALBOUT_KMEANS = replace(
     gate="hard",
     aggregator="MIN",
     target="-",
-    settings=replace(ALJALBOUT.settings, dissimilarity="euclidean", recentre_every=10),
+    settings=replace(ALJALBOUT.settings, dissimilarity="euclidean"),
     phases=(
         *ALJALBOUT.phases[:2],
         Phase(
@@ -280,6 +280,7 @@ ALJALBOUT_KMEANS = replace(
             trains=("network",),
             terms=(("reconstruction", 1.0), ("min", 0.1)),
             statistics=("recentre",),
+            sweep_epochs=10,
             optimizer=_NESTEROV,
         ),
         ALJALBOUT.phases[3],
