@@ -61,7 +61,7 @@ from distclust.run_folder import (
     write_json,
 )
 from distclust.training.cluster import connect, run_training
-from distclust.training.engine import Outcome
+from distclust.training.hooks import Outcome
 from distclust.training.tracking import Tracker
 
 log = logging.getLogger(__name__)

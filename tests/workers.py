@@ -18,6 +18,7 @@ torch and forks the workers of every job, so that a job costs what its steps cos
 from __future__ import annotations
 
 import contextlib
+import gc
 import glob
 import json
 import multiprocessing
@@ -34,12 +35,14 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
 from distclust.config import from_dict
 from distclust.corpus.shards import Corpus
 from distclust.errors import NonFiniteError
 from distclust.training.checkpoint import CheckpointStore
-from distclust.training.engine import NoHooks, Position, Trainer
+from distclust.training.engine import Trainer
+from distclust.training.hooks import NoHooks, Position
 from distclust.training.world import World
 
 with contextlib.suppress(ImportError):
@@ -118,6 +121,8 @@ def run_job(job: dict[str, Any], rank: int) -> None:
         train(job)
     except NonFiniteError as error:
         Path(f"{job['out']}.error-{rank}").write_text(str(error))
+        left = sum(isinstance(found, DistributedDataParallel) for found in gc.get_objects())
+        Path(f"{job['out']}.reducers-{rank}").write_text(str(left))
         sys.exit(3)
     finally:
         if job["world"] > 1 and not job.get("kill"):

@@ -23,7 +23,7 @@ import torch
 
 from distclust.config import ClusterConfig, RunConfig, from_dict
 from distclust.errors import ClusterError
-from distclust.training.engine import Hooks, Outcome, Position
+from distclust.training.hooks import Hooks, Outcome, Position
 from distclust.training.run_state import (
     RunState,
     Tell,

@@ -1,11 +1,9 @@
 """One worker's loop, from top to bottom.
 
 It knows torch, the stream, k-means and checkpoints; neither Ray nor MLflow. The same loop runs alone in one
-process, or in each
-worker of a process group: a worker computes the lanes it owns, and everything that all workers must agree on
-goes through
-`World`. Position is (phase, epoch, step), so a run can be resumed in the middle of an epoch, on any number
-of workers.
+process, or in each worker of a process group: a worker computes the lanes it owns, and everything that all
+workers must agree on goes through `World`. Position is (phase, epoch, step), so a run can be resumed in the
+middle of an epoch, on any number of workers.
 """
 
 from __future__ import annotations
@@ -14,8 +12,8 @@ import logging
 import posixpath
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,73 +33,14 @@ from distclust.mixture.sparse import Rows, SparseRows
 from distclust.mixture.statistics import STATISTICS, Statistic
 from distclust.mixture.terms import Scene, Stats
 from distclust.training.checkpoint import CheckpointStore, differences
+from distclust.training.hooks import Hooks, NoHooks, Outcome, Position
 from distclust.training.initialise import start_clusters
 from distclust.training.not_finite import explain
 from distclust.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from distclust.training.schedules import WeightAverage, anneal
-from distclust.training.world import World
+from distclust.training.world import World, reducer_freed_first
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where a run stands: the next step to compute."""
-
-    phase: int = 0
-    epoch: int = 0
-    """Within the phase."""
-    step: int = 0
-    """Within the epoch."""
-    global_step: int = 0
-
-
-class Hooks(Protocol):
-    """What a run tells the world outside; only rank 0 logs."""
-
-    def log(self, position: Position, phase: str, metrics: dict[str, float]) -> None: ...
-
-    def pending(self) -> list[list[Any]]:
-        """Metric points that nobody has acknowledged; they travel in the checkpoint."""
-        ...
-
-    def offer(self, points: list[list[Any]]) -> None:
-        """Points from a checkpoint, to be logged unless they already are."""
-        ...
-
-    def after_step(self, position: Position) -> None: ...
-
-    def saved(self, checkpoint: str, position: Position) -> None: ...
-
-
-class NoHooks:
-    """A run that tells nobody."""
-
-    def log(self, position: Position, phase: str, metrics: dict[str, float]) -> None:
-        log.info("step %d %s %s", position.global_step, phase, metrics)
-
-    def pending(self) -> list[list[Any]]:
-        return []
-
-    def offer(self, points: list[list[Any]]) -> None:
-        pass
-
-    def after_step(self, position: Position) -> None:
-        pass
-
-    def saved(self, checkpoint: str, position: Position) -> None:
-        pass
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a finished run leaves."""
-
-    checkpoint: str
-    """The last checkpoint, as `CheckpointStore.load` takes it."""
-    phase_checkpoints: dict[str, str]
-    """The checkpoint at the end of each phase, likewise."""
-    global_steps: int
 
 
 class _Flag(NamedTuple):
@@ -210,7 +149,8 @@ class Trainer:
                 for epoch in range(self.position.epoch, phase.epochs):
                     self.sweep_epoch(phase, epoch)
             elif phase.epochs:
-                self.train_phase(phase, self.wrap(phase, optimizer_state))
+                with reducer_freed_first():
+                    self.train_phase(phase, self.wrap(phase, optimizer_state))
             optimizer_state = {}
             self.position = Position(index + 1, 0, 0, self.position.global_step)
             self.totals = {}
@@ -336,8 +276,7 @@ class Trainer:
         if self.world.size == 1:
             return loss
         # without find_unused_parameters the buckets are rebuilt after the first step, and a resumed run
-        # differs in the
-        # last bits for three workers and more
+        # differs in the last bits for three workers and more
         return DistributedDataParallel(loss, find_unused_parameters=True, broadcast_buffers=False)
 
     def sweep(self, statistic: Statistic) -> None:

@@ -14,7 +14,8 @@ from distclust.mixture.noise import Noise
 from distclust.mixture.settings import Phase
 
 if TYPE_CHECKING:
-    from distclust.training.engine import Position, Trainer
+    from distclust.training.engine import Trainer
+    from distclust.training.hooks import Position
 
 
 def describe_row(corpus: Corpus, row: int) -> str:

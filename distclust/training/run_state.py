@@ -27,7 +27,7 @@ from typing import Any
 from distclust import errors
 from distclust.config import RunConfig
 from distclust.errors import DistclustError
-from distclust.training.engine import NoHooks, Position
+from distclust.training.hooks import NoHooks, Position
 from distclust.training.tracking import MetricPoint, MetricSink
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from distclust.corpus.shards import Corpus, Manifest
 from distclust.errors import ClusterError, ConfigError, DataError, DistclustError
 from distclust.mixture.imports import allow_modules, allowed_modules
 from distclust.training.checkpoint import CheckpointStore
-from distclust.training.engine import Hooks, NoHooks, Outcome, Trainer
+from distclust.training.engine import Trainer
+from distclust.training.hooks import Hooks, NoHooks, Outcome
 from distclust.training.run_state import FOLDER, RunHooks, RunState, Tell, beating, describe
 from distclust.training.tracking import SPOOL_NAME, MetricSink
 from distclust.training.world import World

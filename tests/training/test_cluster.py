@@ -23,7 +23,7 @@ from distclust.config import ClusterConfig
 from distclust.errors import CheckpointError, ClusterError, ConfigError, DataError, DistclustError
 from distclust.training import cluster, run_state
 from distclust.training.cluster import connect, run_training
-from distclust.training.engine import Outcome, Position
+from distclust.training.hooks import Outcome, Position
 from distclust.training.metric_sink import PointQueue
 from distclust.training.run_state import (
     RunHooks,

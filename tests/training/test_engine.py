@@ -20,7 +20,8 @@ from distclust.mixture import terms
 from distclust.mixture.methods import METHODS, Method, ModelSettings, OptimizerConfig, Phase
 from distclust.mixture.rows.common import INITIALISE, pretrain
 from distclust.training.checkpoint import CheckpointStore
-from distclust.training.engine import NoHooks, Position, Trainer
+from distclust.training.engine import Trainer
+from distclust.training.hooks import NoHooks, Position
 from distclust.training.world import World
 
 

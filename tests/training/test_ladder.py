@@ -27,7 +27,8 @@ from distclust.corpus.shards import Corpus, ShardWriter
 from distclust.mixture.methods import METHODS, find_method
 from distclust.mixture.sparse import SparseRows
 from distclust.training.checkpoint import CheckpointStore
-from distclust.training.engine import NoHooks, Position, Trainer
+from distclust.training.engine import Trainer
+from distclust.training.hooks import NoHooks, Position
 from distclust.training.world import World
 
 OWN = tuple(name for name in os.environ.get("DISTCLUST_ROWS", "").split(",") if name)

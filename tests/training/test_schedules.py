@@ -13,7 +13,8 @@ import runs
 from corpora import make_corpus
 from distclust.corpus.shards import Corpus
 from distclust.training.checkpoint import CheckpointStore
-from distclust.training.engine import NoHooks, Position, Trainer
+from distclust.training.engine import Trainer
+from distclust.training.hooks import NoHooks, Position
 from distclust.training.schedules import dkm_alpha
 from distclust.training.world import World
 

@@ -215,6 +215,8 @@ def test_a_loss_that_explodes_stops_all_workers_with_the_reason(jobs: Jobs) -> N
         reason = Path(f"{one['out']}.error-{rank}").read_text()
         assert "not finite at step" in reason
         assert "phase pretrain" in reason
+        # what the error keeps alive of DDP may hang the worker as it ends: see world.reducer_freed_first
+        assert Path(f"{one['out']}.reducers-{rank}").read_text() == "0"
 
 
 def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
