@@ -43,6 +43,9 @@ LSA_DIRECTIONS = 50
 _RESTARTS = 10
 BLOCK_ROWS = 16_384
 """Rows that are assigned at once."""
+_ROWS_TIMES_CLUSTERS = 4_000_000
+"""Above this k-means on CSR rows is fitted on fewer of them, again evenly drawn: a restart costs rows times
+clusters, and a baseline must not take hours where the run takes minutes."""
 
 
 _SAME = {"k-means": "k-means", "lsa-kmeans": "LSA + k-means"}  # rows of the table that are baselines too
@@ -133,6 +136,7 @@ def corpus_baselines(
         n_clusters: K; fewer are made, with a warning, where too few documents (or their LSA rows) differ.
         seed: of the starts, the sample and the singular directions.
         max_rows: documents fitted on at most; they are held in memory at once, the others a block at a time.
+            k-means on CSR rows is fitted on 4 million / K of them at most.
         leave_out: the one of the two that is not wanted.
 
     Returns:
@@ -143,7 +147,10 @@ def corpus_baselines(
     fitted = gather(corpus, evenly_drawn(corpus.n_rows, max_rows, seed))
     found = {}
     if leave_out != "k-means":
-        found["k-means"] = _assign(corpus, _fit_rows(fitted, n_clusters, seed))
+        rows, most = fitted, max(_ROWS_TIMES_CLUSTERS // n_clusters, n_clusters)
+        if corpus.kind == "sparse" and rows.shape[0] > most:
+            rows = rows[evenly_drawn(rows.shape[0], most, seed)]
+        found["k-means"] = _assign(corpus, _fit_rows(rows, n_clusters, seed))
     if leave_out == "LSA + k-means":
         return found
     if corpus.n_features < 2:

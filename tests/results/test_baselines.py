@@ -110,6 +110,24 @@ def test_above_max_rows_a_sample_is_fitted_and_all_are_assigned(
         assert adjusted_rand_score(labels, found[name]) > 0.9
 
 
+def test_with_many_clusters_k_means_is_fitted_on_fewer_rows(
+    sparse: tuple[Corpus, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, labels = sparse
+    fitted = []
+    fit_rows = baselines._fit_rows
+    monkeypatch.setattr(
+        baselines, "_fit_rows", lambda rows, *given: fitted.append(rows.shape[0]) or fit_rows(rows, *given)
+    )
+    whole = corpus_baselines(corpus, 4, seed=0)
+    monkeypatch.setattr(baselines, "_ROWS_TIMES_CLUSTERS", 4 * 250)
+    found = corpus_baselines(corpus, 4, seed=0)
+    assert fitted == [corpus.n_rows, 250]
+    assert np.array_equal(found["LSA + k-means"], whole["LSA + k-means"])
+    assert found["k-means"].shape == (corpus.n_rows,)
+    assert adjusted_rand_score(labels, found["k-means"]) > 0.9
+
+
 def test_the_sample_is_even_and_without_repeats() -> None:
     drawn = baselines.evenly_drawn(10_007, 1_000, seed=0)
     assert len(np.unique(drawn)) == 1_000
