@@ -173,6 +173,10 @@ class RunConfig:
             raise ConfigError(f"seed is {self.seed}; expected 0 to 2^31 - 1")
         if self.method not in ESTIMATORS:
             method_row(self.method)
+            try:
+                self.row.check()
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         most = self.cluster.worker_range[1]
         if most > self.order.lanes:
             raise ConfigError(

@@ -30,6 +30,7 @@ PARTS = {
     "peak": "compute:peak",
     "step": "compute:step",
     "experts": "compute:experts",
+    "topm": "topm:topm",
     "stream": "stream:stream",
     "kmeans": "kmeans:kmeans",
     "text": "text:text",
@@ -38,6 +39,7 @@ PARTS = {
     "clustpy": "clustpy_peer:clustpy",
     "growth": "growth:growth",
     "estimate": "model:model",
+    "memory": "memory:memory",
     "gpu": "gpu:gpu",
 }
 """Module and function of each part; imported when it runs, so that `step` needs torch alone."""

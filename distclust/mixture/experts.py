@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distclust.mixture.convolutional import ConvolutionalAutoencoder
 from distclust.mixture.layers import ACTIVATIONS, uniform
+from distclust.mixture.routing import Routes, pair_errors
 from distclust.mixture.settings import ModelSettings
 from distclust.mixture.sparse import (
     Rows,
@@ -165,6 +166,21 @@ class AutoencoderExperts(nn.Module):
         codes = self.codes(x)
         h = self._inner(x, self._code_layer + 1, len(self.weights), codes)
         return codes, expert_squared_errors(x, h, self.out_weight, self.out_bias)
+
+    def errors_of(self, x: Rows, routes: Routes) -> Tensor:
+        """`||x_i - f_k(x_i)||^2` of P pairs of a row and an expert, (P,); other experts are not computed."""
+        d, k, h1 = self.in_weight.shape
+        pairs = routes.repeat(x)
+        if isinstance(pairs, SparseRows):
+            first = routes.own_columns(pairs).matmul(self.in_weight.reshape(d * k, h1))
+        else:
+            first = routes.times(pairs, self.in_weight.unbind(1))
+        h = self._activate(first + self.in_bias[routes.experts])  # (P, H)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            h = routes.times(h, weight.unbind(0)) + bias[routes.experts]
+            if i != self._code_layer:
+                h = self._activate(h)
+        return pair_errors(pairs, h, self.out_weight, self.out_bias, routes.counts)
 
     def _first(self, x: Rows) -> Tensor:
         d, k, h1 = self.in_weight.shape

@@ -8,7 +8,7 @@ from typing import Literal
 from distclust.mixture.energies import find_dissimilarity
 from distclust.mixture.settings import ModelSettings, Phase, one_of
 from distclust.mixture.statistics import STATISTICS
-from distclust.mixture.terms import AGGREGATOR_TERMS, TERMS
+from distclust.mixture.terms import AGGREGATOR_TERMS, ROUTED_TERMS, TERMS
 
 STARTS = frozenset({"initialise_clusters", "pinv_gate", "gaussian_start"})
 """What a phase may begin with, beside a statistic: see training/initialise.py."""
@@ -83,13 +83,17 @@ class Method:
                 "squared_euclidean, mahalanobis, kullback_leibler, itakura_saito or i_divergence, found "
                 f"{self.settings.dissimilarity}: use dmae-lse or dmae-exp, which descend by gradient"
             )
-
         if by_em and self.settings.dissimilarity == "kullback_leibler":
             one_of(f"{where}: model.normaliser", self.settings.normaliser, ("none", "plain", "abs", "relu"))
         if self.settings.balance and self.phases and "lse_clean_teacher" not in self.terms:
             raise ValueError(
                 f"{where}: model.balance corrects the teacher of the term lse_clean_teacher, which no phase "
                 "has; use damic-text, or leave model.balance at 0"
+            )
+        if self.settings.expert_threshold and (self.gate != "network" or not self.terms & ROUTED_TERMS):
+            raise ValueError(
+                f"{where}: model.expert_threshold is {self.settings.expert_threshold}, and leaving experts "
+                "out is for the likelihood of a mixture with a gate network; use damic-topm, or leave it at 0"
             )
 
     def _check_slots(self, where: str) -> None:

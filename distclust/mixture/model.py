@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from distclust.mixture.convolutional import ConvolutionalAutoencoder, augment
 from distclust.mixture.energies import CentroidEnergy, DissimilarityOptions, GaussianEnergy, StudentEnergy
-from distclust.mixture.experts import build_experts
+from distclust.mixture.experts import AutoencoderExperts, build_experts
 from distclust.mixture.gates import HardGate, LinearGate, NetworkGate, PriorGate, TiedGate
 from distclust.mixture.imports import import_object
 from distclust.mixture.layers import Lanes
 from distclust.mixture.method import Method
 from distclust.mixture.networks import Autoencoder, Identity, VariationalAutoencoder
 from distclust.mixture.noise import Noise
+from distclust.mixture.routing import Routes, asked_by
 from distclust.mixture.settings import ModelSettings, Phase
 from distclust.mixture.sparse import Rows, n_rows, rows_times
-from distclust.mixture.terms import TERMS, Scene, Stats, View, responsibility
+from distclust.mixture.terms import ROUTED_TERMS, TERMS, Scene, Stats, View, responsibility
 
+Asks = Literal["all", "own", "gate"]
+"""The experts whose energies a pass computes: all, the pseudo-label's, those that the gate names."""
 TEACHER = "teacher"
 """The submodule that holds the frozen copies."""
 
@@ -219,6 +222,20 @@ class MixtureModel(nn.Module):
             return self.energy.pairwise(self.energy_codes(z), variance)
         return self.energy.pairwise(self.energy_codes(z))
 
+    def energies_of(self, x: Rows, routes: Routes) -> Tensor:
+        """E (B, K) of the experts that are asked, `LEFT_OUT` for the others."""
+        return routes.table(0.5 * self.experts.errors_of(self.expert_inputs(x), routes), n_rows(x))
+
+    def asks(self, phase: Phase) -> Asks:
+        """Which experts the terms of a phase look at: all, those that the gate names, the row's own."""
+        if not isinstance(self.experts, AutoencoderExperts):
+            return "all"
+        names = {name for name, _ in phase.terms if "energies" in TERMS[name].needs}
+        # on a GPU the host would have to wait for the sizes
+        if names == {"pseudo_energy"} and self.tau.device.type == "cpu":
+            return "own"
+        return "gate" if self.settings.expert_threshold and names & ROUTED_TERMS else "all"
+
     def log_gate(self, x: Rows, z: Tensor | None, energies: Tensor | None, noise: Noise | None) -> Tensor:
         """log p (B, K); x is what a gate network reads: rows, or the experts' codes one after the other."""
         gate = self.gate
@@ -247,10 +264,15 @@ class MixtureModel(nn.Module):
             self.lanes.counts = counts
 
     def view(
-        self, x: Rows, needs: Iterable[str], noise: Noise | None = None, noisy: Iterable[str] = ()
+        self,
+        x: Rows,
+        needs: Iterable[str],
+        noise: Noise | None = None,
+        noisy: Iterable[str] = (),
+        asks: Asks = "all",
     ) -> View:
-        """One forward pass, computing only what is needed. `noisy` names the submodules that see the
-        noise."""
+        """One forward pass, computing only what is needed. `noisy` names the submodules that see the noise,
+        `asks` the experts whose energies are computed."""
         needs, noisy = self._with_what_they_need(needs), frozenset(noisy)
         z, layers = None, {}
         network_noise = noise if "network" in noisy else None
@@ -267,14 +289,14 @@ class MixtureModel(nn.Module):
         if "energies" in needs and self.method.gate == "expert_codes":
             expert_codes, errors = self.experts.codes_and_errors(self.expert_inputs(x))
             energies = 0.5 * errors
-        elif "energies" in needs:
+        elif "energies" in needs and asks == "all":
             mean, variance = z, None
             if "log_variance" in layers and network_noise is not None:
                 mean, variance = layers["mean"], layers["log_variance"].exp()
             energies = self.energies(x, mean, variance)
         gate_noise = noise if "gate" in noisy else None
-        asked = x if expert_codes is None else expert_codes.flatten(1)
-        log_p = self.log_gate(asked, z, energies, gate_noise) if "gate" in needs else None
+        read = x if expert_codes is None else expert_codes.flatten(1)
+        log_p = self.log_gate(read, z, energies, gate_noise) if "gate" in needs else None
         if "own_q" in needs:
             assert log_p is not None
             # q(c | x) is the mixture's posterior at the drawn code (VaDE)
@@ -284,8 +306,17 @@ class MixtureModel(nn.Module):
             with torch.no_grad():
                 other = network_noise is not None and energies is not None and self.experts is None
                 clean_energies = self.energies(x, clean_z) if other else energies
-                clean = self.log_gate(asked, clean_z, clean_energies, None)
+                clean = self.log_gate(read, clean_z, clean_energies, None)
         labels = self.pseudo_labels(x) if "pseudo_labels" in needs else None
+        if "energies" in needs and asks == "own":
+            assert labels is not None
+            energies = self.energies_of(x, Routes.to_own(labels, self.n_clusters))
+        elif "energies" in needs and asks == "gate":
+            answer = log_p if clean is None else clean
+            assert answer is not None
+            s = self.settings
+            asked = asked_by(answer.detach(), s.expert_threshold, s.expert_limit)
+            energies = self.energies_of(x, Routes.of(asked))
         teacher = self._teacher_log_p(x) if "teacher" in needs else None
         return View(z, energies, log_p, clean, labels, log_q, teacher, layers)
 
@@ -317,7 +348,7 @@ class MixtureModel(nn.Module):
         try:
             if noise is not None and "augment" in phase.noise and (s.rotation or s.shift):
                 x = augment(x, s.image, s.rotation, s.shift, noise)
-            return Scene(self, x, self.view(x, needs, noise, phase.noise), totals)
+            return Scene(self, x, self.view(x, needs, noise, phase.noise, self.asks(phase)), totals)
         finally:
             self.lanes.counts = None
 
@@ -359,27 +390,3 @@ def _frozen_twin(model: MixtureModel, name: str, part: nn.Module) -> nn.Module:
         twin: nn.Module = builders[name]()
     twin.load_state_dict(part.state_dict())
     return twin.requires_grad_(False)
-
-
-def diagnostics(scene: Scene, n_clusters: int) -> Stats:
-    """Sums over the batch for the log: hard usage counts (K,), the gate's certainty, and KL(w || p) where
-    there are both."""
-    view = scene.view
-    log_p = view.clean_log_p if view.clean_log_p is not None else view.log_p
-    if log_p is None and view.energies is not None:
-        log_p = -view.energies  # only which is largest counts
-    sums: Stats = {}
-    if log_p is None:
-        return sums
-    log_p = log_p.detach()
-    labels = log_p.argmax(1)
-    sums["usage"] = torch.zeros(n_clusters, device=log_p.device).index_add_(
-        0, labels, torch.ones_like(labels, dtype=torch.float32)
-    )
-    aggregator = scene.model.method.aggregator
-    if aggregator == "MIX" and view.log_p is not None:
-        sums["certainty"] = view.log_p.detach().exp().amax(1).sum()
-    if view.energies is not None and aggregator in ("LSE", "FREE") and view.log_p is not None:
-        log_w = responsibility(log_p, view.energies.detach(), scene.model.tau)
-        sums["kl_w_p"] = (log_w.exp() * (log_w - log_p)).sum()
-    return sums

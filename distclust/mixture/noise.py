@@ -40,13 +40,14 @@ def _mix(*parts: int) -> int:
 class Noise:
     """The draws of one step for the lanes of one batch.
 
-    `lanes` and `lane_rows` name each lane in the batch and its number of rows, in the batch's order.
+    `lanes` and `lane_rows` name each lane in the batch and its number of rows, in the batch's order; `step`
+    is the global step.
     """
 
     def __init__(
         self, seed: int, step: int, lanes: Sequence[int], lane_rows: Sequence[int], device: torch.device | str
     ):
-        self._seed, self._step = seed, step
+        self._seed, self.step = seed, step
         self._lanes, self._counts = tuple(lanes), tuple(lane_rows)
         self._device = torch.device(device)
 
@@ -54,7 +55,7 @@ class Noise:
         """A key (B,) int32 for each row."""
         code = zlib.crc32(name.encode())
         keys = [
-            torch.arange(n, dtype=torch.int32) * 0x61C88647 + _mix(self._seed, self._step, lane, code)
+            torch.arange(n, dtype=torch.int32) * 0x61C88647 + _mix(self._seed, self.step, lane, code)
             for lane, n in zip(self._lanes, self._counts, strict=True)
         ]
         flat = torch.cat(keys) if keys else torch.empty(0, dtype=torch.int32)

@@ -54,6 +54,13 @@ class ModelSettings:
     """Length of an expert's code; the rank of a low-rank expert."""
     expert_conv: tuple[tuple[int, int, int, int], ...] = ((16, 5, 2, 1), (32, 5, 2, 1))
     """Layers of a convolutional expert."""
+    expert_threshold: float = 0.0
+    """Top-m experts: a row asks only the experts whose gate probability is above this, and the most probable
+    one. Another objective than DAMIC's, never below it; 0 asks all."""
+    expert_limit: int = 0
+    """At most this many experts a row, with `expert_threshold`; 0: no limit."""
+    expert_check_steps: int = 100
+    """With `expert_threshold`, the exact loss is computed on one batch in so many, for the log."""
     gate_hidden: tuple[int, ...] = (256,)
     """Widths of the gate network between its input and the K logits."""
     gate_conv: tuple[tuple[int, int, int, int], ...] = ()
@@ -123,11 +130,34 @@ class ModelSettings:
         for name in ("balance", "target_eta", "rotation", "shift"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; expected 0 or more")
+        self._check_top_experts()
         if self.p < 1:
             raise ValueError(f"model.p is {self.p}; Minkowski's exponent is at least 1")
         if not self.interval > 0:
             raise ValueError(f"model.interval is {self.interval}; expected a length above 0")
         self._check_images()
+
+    def _check_top_experts(self) -> None:
+        if not 0.0 <= self.expert_threshold < 1.0:
+            raise ValueError(
+                f"model.expert_threshold is {self.expert_threshold}; expected a probability in [0, 1), 0 for "
+                "all experts"
+            )
+        if self.expert_limit < 0 or self.expert_check_steps < 1:
+            raise ValueError(
+                f"model.expert_limit is {self.expert_limit} and model.expert_check_steps "
+                f"{self.expert_check_steps}; expected 0 or more, and at least 1"
+            )
+        if self.expert_limit and not self.expert_threshold:
+            raise ValueError(
+                f"model.expert_limit is {self.expert_limit} and model.expert_threshold is 0, which asks all "
+                "experts; set model.expert_threshold above 0 (1e-6 for the limit alone)"
+            )
+        if self.expert_threshold and self.experts != "autoencoder":
+            raise ValueError(
+                f"model.expert_threshold is {self.expert_threshold} and model.experts is {self.experts}; "
+                "only experts: autoencoder can be left out"
+            )
 
     def _check_images(self) -> None:
         if self.image and (len(self.image) != 3 or min(self.image) < 1):

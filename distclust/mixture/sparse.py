@@ -26,7 +26,9 @@ class _ByColumn(NamedTuple):
     rows: Tensor
     """(nnz,) their rows."""
     offsets: Tensor
-    """(D+1,) the bounds of the columns."""
+    """(D+1,) the bounds of the columns, or (U+1,) of those that `columns` names."""
+    columns: Tensor | None
+    """(U,) the columns that are not empty, where most are; else None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,15 @@ class SparseRows:
         """The non-zeros column by column, rows rising within a column."""
         if not self._found:
             columns, places = torch.sort(self.indices, stable=True)
-            bounds = torch.arange(self.n_features + 1, dtype=columns.dtype, device=columns.device)
-            offsets = torch.searchsorted(columns, bounds).to(self.offsets.dtype)
-            self._found.append(_ByColumn(places, self.row_numbers().to(offsets.dtype)[places], offsets))
+            named = None
+            if self.values.shape[0] < self.n_features:
+                named, counts = torch.unique_consecutive(columns, return_counts=True)
+                offsets = F.pad(counts.cumsum(0), (1, 0)).to(self.offsets.dtype)
+            else:
+                bounds = torch.arange(self.n_features + 1, dtype=columns.dtype, device=columns.device)
+                offsets = torch.searchsorted(columns, bounds).to(self.offsets.dtype)
+            rows = self.row_numbers().to(offsets.dtype)[places]
+            self._found.append(_ByColumn(places, rows, offsets, named))
         return self._found[0]
 
     def square_norms(self) -> Tensor:
@@ -121,8 +129,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        order = ctx.x.by_column()
-        return _bag_sums(grad.contiguous(), order.rows, order.offsets, ctx.x.values[order.places]), None
+        return columns_times(ctx.x, grad.contiguous()), None
+
+
+def columns_times(x: SparseRows, grad: Tensor) -> Tensor:
+    """x' (D, B) times `grad` (B, H) -> (D, H)."""
+    order = x.by_column()
+    sums = _bag_sums(grad, order.rows, order.offsets, x.values[order.places])
+    if order.columns is None:
+        return sums
+    return sums.new_zeros(x.n_features, sums.shape[1]).index_copy_(0, order.columns.long(), sums)
 
 
 class _SquaredLength(torch.autograd.Function):

@@ -343,6 +343,8 @@ TERMS: dict[str, Term] = {
     "orthonormality": Term(_orthonormality, _GATE),
 }
 
+ROUTED_TERMS = frozenset({"lse", "lse_clean_teacher"})
+"""Terms that may be computed from some of the experts."""
 AGGREGATOR_TERMS = {
     "LSE": frozenset({"lse", "lse_clean_teacher"}),
     "EXP": frozenset({"exp", "exp_orthonormal"}),

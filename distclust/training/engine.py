@@ -25,8 +25,9 @@ from distclust.corpus.order import Order, lanes_of_worker
 from distclust.corpus.shards import Corpus
 from distclust.corpus.stream import Batch, Stream
 from distclust.errors import CheckpointError
+from distclust.mixture.diagnostics import diagnostics, left_out_metrics
 from distclust.mixture.method import STARTS
-from distclust.mixture.model import MixtureModel, diagnostics
+from distclust.mixture.model import MixtureModel
 from distclust.mixture.noise import Noise
 from distclust.mixture.settings import Phase
 from distclust.mixture.sparse import Rows, SparseRows
@@ -76,7 +77,7 @@ class StepLoss(nn.Module):
         scaled = loss * (self.world_size / rows_in_step)
         not_finite = (~torch.isfinite(scaled.detach())).to(scaled.dtype)
         seen: Stats = {f"term/{name}": value.detach() for name, value in sums.items()}
-        seen |= diagnostics(scene, self.model.n_clusters)
+        seen |= diagnostics(scene, self.model.asks(phase), noise.step)
         return scaled + self.flag * not_finite, seen
 
 
@@ -382,6 +383,7 @@ class Trainer:
             shares = (sums["usage"] / rows).tolist()
             metrics["usage/largest"] = max(shares)
             metrics["usage/used"] = float(sum(share > 0 for share in shares))
+        metrics |= left_out_metrics(sums, rows)
         metrics["tau"] = float(self.model.tau)
         metrics["docs_per_second"] = rows / seconds
         metrics["waiting_share"] = float(sums["waited"]) / self.world.size

@@ -72,6 +72,14 @@ DAMIC_JOINT = replace(
     phases=(_JOINT,),
 )
 
+DAMIC_TOPM = replace(
+    DAMIC,
+    name="damic-topm",
+    paper=DAMIC_PAPER + "; leaving experts out is ours",
+    summary="DAMIC that asks only the experts of a gate probability above 0.01: another, larger objective",
+    settings=replace(DAMIC.settings, expert_threshold=0.01),
+)
+
 KDAE = Method(
     name="k-dae",
     paper=KDAE_PAPER,
@@ -226,6 +234,7 @@ ROWS = (
     DAMIC,
     DAMIC_PRETRAINING,
     DAMIC_JOINT,
+    DAMIC_TOPM,
     KDAE,
     MIXAE,
     DAMIC_TEXT,

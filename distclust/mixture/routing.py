@@ -1,0 +1,177 @@
+"""Which experts a row asks, where it does not ask all of them: top-m experts, and a row's own expert.
+
+Leaving experts out is another objective than DAMIC's: with S the experts that are asked,
+`L_S = -tau log sum_{k in S} p_k exp(-E_k / tau)`, which is never below L. As no energy is negative, the
+difference is at most `tau log(1 + r exp(L_S / tau))` with r the gate's probability of the experts left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distclust.mixture.sparse import Rows, SparseRows, columns_times, gram_is_cheaper
+
+LEFT_OUT = 1e30
+"""The energy of an expert that is not asked: finite, so that weights of zero times it are zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """P pairs of a row and an expert that it asks, expert by expert, rows rising within an expert."""
+
+    rows: Tensor
+    """(P,) int64."""
+    experts: Tensor
+    """(P,) int64, rising."""
+    counts: list[int]
+    """Pairs of each of the K experts. On a GPU the host waits for them, once a step."""
+
+    @classmethod
+    def of(cls, asked: Tensor) -> Routes:
+        """The pairs of `asked` (B, K) bool."""
+        experts, rows = asked.t().nonzero(as_tuple=True)
+        return cls(rows, experts, asked.sum(0).tolist())
+
+    @classmethod
+    def to_own(cls, labels: Tensor, n_clusters: int) -> Routes:
+        """Each row asks the one expert that `labels` (B,) names."""
+        experts, rows = torch.sort(labels, stable=True)
+        return cls(rows, experts, torch.bincount(labels, minlength=n_clusters).tolist())
+
+    def table(self, of_pairs: Tensor, n_rows: int) -> Tensor:
+        """Energies (P,) as (B, K), `LEFT_OUT` where no expert was asked."""
+        empty = of_pairs.new_full((n_rows, len(self.counts)), LEFT_OUT)
+        return empty.index_put((self.rows, self.experts), of_pairs)
+
+    def times(self, of_pairs: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Each pair's row of (P, A) times the weight (A, B) of its expert, (P, B)."""
+        return torch.cat([p @ w for p, w in zip(of_pairs.split(self.counts), weights, strict=True)])
+
+    def repeat(self, x: Rows) -> Rows:
+        """The row of each pair, (P, D)."""
+        if not isinstance(x, SparseRows):
+            return x[self.rows]
+        lengths = (x.offsets[1:] - x.offsets[:-1])[self.rows]  # (P,)
+        offsets = F.pad(lengths.cumsum(0), (1, 0))
+        shifts = torch.repeat_interleave(x.offsets[:-1][self.rows] - offsets[:-1], lengths)
+        places = torch.arange(shifts.shape[0], device=shifts.device) + shifts
+        return SparseRows(offsets.to(x.offsets.dtype), x.indices[places], x.values[places], x.n_features)
+
+    def own_columns(self, pairs: SparseRows) -> SparseRows:
+        """Pairs (P, D) with column d of pair (i, k) at d * K + k, (P, D * K).
+
+        So a weight (D, K, H), seen as (D * K, H), gives each pair its own expert's product in one call.
+        """
+        k = len(self.counts)
+        columns = pairs.indices.long() * k + self.experts[pairs.row_numbers()]
+        return SparseRows(pairs.offsets.long(), columns, pairs.values, pairs.n_features * k)
+
+
+def pair_errors(pairs: Rows, hidden: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
+    """`||x_p - (weight_k hidden_p + bias_k)||^2` for P pairs (P, D), (P, H) in the order of `Routes`, (P,).
+
+    `weight` (D, K, H), `bias` (D, K). No (P, D) tensor that is larger than `weight` is made.
+    """
+    found: Tensor = _PairErrors.apply(hidden, weight, bias, pairs, counts)
+    return found
+
+
+class _PairErrors(torch.autograd.Function):
+    """Expert by expert, dense for few rows and by the Gram form for many, with a backward that writes each
+    expert's gradient to its place: autograd's makes a gradient of all experts for each of these forms, and
+    copies them together, which is most of the time of a step with some hundred experts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, pairs: Rows, counts: list[int]
+    ) -> Tensor:
+        found: list[Tensor] = []
+        kept: list[tuple[SparseRows | None, Tensor] | None] = []
+        for k, (h, x) in enumerate(zip(hidden.split(counts), _split(pairs, counts), strict=True)):
+            own = weight[:, k]  # (D, H)
+            if not h.shape[0]:
+                kept.append(None)
+                continue
+            if isinstance(x, SparseRows) and gram_is_cheaper(h.shape[0], h.shape[1], own.shape[0]):
+                own = own.contiguous()
+                wb = bias[:, k] @ own  # (H,)
+                half = torch.addmm(wb, h, own.t() @ own)  # (n, H): W'(W h + b)
+                xw = x.matmul(own)  # (n, H)
+                yy = ((half + wb) * h).sum(1) + bias[:, k].square().sum()
+                xy = (xw * h).sum(1) + x.matmul(bias[:, k : k + 1].contiguous()).squeeze(1)
+                found.append((x.square_norms() - 2.0 * xy + yy).clamp_min(0.0))
+                kept.append((x, half - xw))
+            else:
+                dense = x.to_dense() if isinstance(x, SparseRows) else x
+                residual = torch.addmm(bias[:, k], h, own.t()).sub_(dense)  # (n, D)
+                found.append(residual.square().sum(1))
+                kept.append((None, residual))
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.kept, ctx.counts = kept, counts
+        return torch.cat(found) if found else hidden.new_zeros(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        hidden, weight, bias = ctx.saved_tensors
+        of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        of_hidden = torch.empty_like(hidden)
+        parts = (part.split(ctx.counts) for part in (hidden, grad[:, None] * 2.0, of_hidden))
+        for k, (h, twice, out) in enumerate(zip(*parts, strict=True)):
+            if ctx.kept[k] is None:
+                continue
+            x, saved = ctx.kept[k]
+            scaled = saved * twice
+            if x is None:  # scaled (n, D)
+                torch.mm(scaled.t(), h, out=of_weight[:, k])
+                of_bias[:, k] = scaled.sum(0)
+                torch.mm(scaled, weight[:, k], out=out)
+                continue
+            weighted = h * twice
+            mean, b = weighted.sum(0), bias[:, k]
+            # W (h' diag(g) h) + b mean' - x' diag(g) h
+            product = torch.addmm(torch.outer(b, mean), weight[:, k], weighted.t() @ h)
+            of_weight[:, k] = product - columns_times(x, weighted)
+            of_bias[:, k] = weight[:, k] @ mean + b * twice.sum() - columns_times(x, twice).squeeze(1)
+            out.copy_(scaled)
+        return of_hidden, of_weight, of_bias, None, None
+
+
+def _split(pairs: Rows, counts: list[int]) -> Iterator[Rows]:
+    """The rows of each expert."""
+    if not isinstance(pairs, SparseRows):
+        yield from pairs.split(counts)
+        return
+    start = 0
+    for count in counts:
+        offsets = pairs.offsets[start : start + count + 1]
+        first, last = (int(offsets[0]), int(offsets[-1])) if count else (0, 0)
+        yield SparseRows(
+            offsets - first, pairs.indices[first:last], pairs.values[first:last], pairs.n_features
+        )
+        start += count
+
+
+def asked_by(log_p: Tensor, threshold: float, limit: int = 0) -> Tensor:
+    """The experts that each row asks (B, K) bool: those of a gate probability above `threshold`, at most
+    `limit` of them (0: any number), and always the most probable one."""
+    best = log_p.amax(1, keepdim=True)
+    asked = (log_p.exp() > threshold) | (log_p == best)
+    if 0 < limit < log_p.shape[1]:
+        chosen = torch.zeros_like(asked).scatter_(1, log_p.topk(limit, dim=1).indices, True)
+        asked &= chosen
+    return asked
+
+
+def worst_case(log_p: Tensor, energies: Tensor, loss: Tensor, tau: Tensor | float) -> Tensor:
+    """The bound (B,) on L_S - L, from the gate (B, K), the energies (B, K) as `Routes.table` gives them and
+    L_S (B,): all experts that were left out could have had no error at all."""
+    left_out = log_p.masked_fill(energies < LEFT_OUT, -torch.inf).logsumexp(1)  # (B,) log r
+    return tau * F.softplus(left_out + loss / tau)
