@@ -85,10 +85,11 @@ class Method:
             )
         if by_em and self.settings.dissimilarity == "kullback_leibler":
             one_of(f"{where}: model.normaliser", self.settings.normaliser, ("none", "plain", "abs", "relu"))
-        if self.settings.balance and self.phases and "lse_clean_teacher" not in self.terms:
+        changed = self.settings.balance or self.settings.sharpen != 1.0
+        if changed and self.phases and "lse_clean_teacher" not in self.terms:
             raise ValueError(
-                f"{where}: model.balance corrects the teacher of the term lse_clean_teacher, which no phase "
-                "has; use damic-text, or leave model.balance at 0"
+                f"{where}: model.balance and model.sharpen change the teacher of the term lse_clean_teacher, "
+                "which no phase has; use damic-text, or leave model.balance at 0 and model.sharpen at 1"
             )
         if self.settings.expert_threshold and (self.gate != "network" or not self.terms & ROUTED_TERMS):
             raise ValueError(

@@ -73,7 +73,10 @@ class ModelSettings:
     """When set, tau becomes this factor times the spread of the energies, measured as the joint phase
     begins."""
     balance: float = 0.0
-    """eta in w ~ p exp(-E / tau) / f^eta: 1 pulls towards equal clusters, 0 is the likelihood."""
+    """eta in t ~ w^kappa / f^eta, t what a clean teacher teaches and w its responsibilities: 1 pulls towards
+    equal clusters, 0 with sharpen 1 is the likelihood."""
+    sharpen: float = 1.0
+    """kappa in t ~ w^kappa / f^eta: above 1 the teacher is surer than the likelihood says."""
     target_kappa: float = 2.0
     """kappa of the target t ~ p^kappa / f^eta (DEC: 2)."""
     target_eta: float = 1.0
@@ -123,7 +126,7 @@ class ModelSettings:
         for name in ("input_dropout", "hidden_dropout", "gate_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; expected a share in [0, 1)")
-        for name in ("tau", "alpha", "tau_spread", "degrees", "target_kappa", "fourier_gamma"):
+        for name in ("tau", "alpha", "tau_spread", "degrees", "target_kappa", "sharpen", "fourier_gamma"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"model.{name} is {value}; expected a number above 0")

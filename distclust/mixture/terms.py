@@ -143,12 +143,6 @@ def _log_frequency(s: Scene) -> Tensor:
 # ---- aggregators
 
 
-def _balanced(s: Scene, log_p: Tensor) -> Tensor:
-    """The gate with the balance correction, p / f^eta, where the settings ask for it."""
-    eta = s.model.settings.balance
-    return torch.log_softmax(log_p - eta * _log_frequency(s), dim=1) if eta else log_p
-
-
 def _lse(s: Scene) -> Tensor:
     return lse(_log_p(s), _energies(s), s.model.tau)
 
@@ -157,12 +151,16 @@ def _lse_clean_teacher(s: Scene) -> Tensor:
     """LSE whose responsibilities come from the undisturbed row, while the gate is fitted on the disturbed
     one.
 
-    The value is LSE(clean p, E); the gradients are those of sum_k w_k (E_k - tau log p_k) with w fixed.
+    The value is LSE(clean p, E); the gradients are those of sum_k t_k (E_k - tau log p_k) with t fixed:
+    t ~ w^kappa / f^eta, which is w where the settings neither sharpen it nor balance the clusters.
     """
-    energies, tau = _energies(s), s.model.tau
-    clean = _balanced(s, _clean_log_p(s))
-    w = responsibility(clean, energies, tau).exp().detach()
-    surrogate = (w * (energies - tau * _log_p(s))).sum(1)
+    energies, tau, settings = _energies(s), s.model.tau, s.model.settings
+    clean = _clean_log_p(s)
+    log_w = responsibility(clean, energies, tau).detach()
+    if settings.sharpen != 1.0 or settings.balance:
+        log_f = _log_frequency(s) if settings.balance else torch.zeros(())
+        log_w = sharpened_target(log_w, log_f, settings.sharpen, settings.balance)
+    surrogate = (log_w.exp() * (energies - tau * _log_p(s))).sum(1)
     value = lse(clean, energies, tau).detach()
     return value + surrogate - surrogate.detach()
 

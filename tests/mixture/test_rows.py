@@ -367,6 +367,24 @@ def test_balance_correction_divides_the_gate_by_the_frequencies() -> None:
     assert float(-grads[1][:, 0].sum()) < float(-grads[0][:, 0].sum())  # the big cluster teaches less
 
 
+def test_a_sharpened_teacher_is_self_training_where_the_experts_say_nothing() -> None:
+    log_p = torch.log_softmax(torch.randn(B, K), 1)
+    f = torch.tensor([60.0, 20.0, 15.0, 5.0])
+    view = View(energies=torch.rand(B, K), log_p=log_p.clone().requires_grad_(), clean_log_p=log_p)
+    model = model_of("damic-sharp")
+    for tau in (0.2, 1e9):
+        model.tau.fill_(tau)
+        taught = torch.autograd.grad(
+            value("lse_clean_teacher", scene_of(model, view, gate_usage=f)).sum(),
+            view.log_p,  # type: ignore[arg-type]
+        )[0]
+        assert view.energies is not None
+        t = (log_p - view.energies / tau).exp().square() / f
+        torch.testing.assert_close(taught / -tau, t / t.sum(1, keepdim=True))
+    alone = value("target_clean", scene_of(model_of("self-training"), view, gate_usage=f)).sum()
+    torch.testing.assert_close(taught / tau, torch.autograd.grad(alone, view.log_p)[0])  # type: ignore[arg-type]
+
+
 # ---- networks and experts
 
 

@@ -197,6 +197,15 @@ DAMIC_USAGE = replace(
     ),
 )
 
+DAMIC_SHARP = replace(
+    DAMIC_TEXT,
+    name="damic-sharp",
+    paper=DAMIC_PAPER + "; DEC's sharpened target (Xie, Girshick & Farhadi 2016) as its teacher is ours",
+    summary="DAMIC for text that teaches its gate w^2 / f: self-training with the experts as evidence",
+    # the larger tau, the less the experts say; without them it is the row self-training
+    settings=replace(DAMIC_TEXT.settings, sharpen=2.0, balance=1.0, tau_spread=15.0),
+)
+
 DAMIC_ANNEALED = replace(
     DAMIC_TEXT,
     name="damic-annealed",
@@ -241,6 +250,7 @@ ROWS = (
     DAMIC_CODES,
     DAMIC_LOWRANK,
     DAMIC_USAGE,
+    DAMIC_SHARP,
     DAMIC_ANNEALED,
     SELF_TRAINING,
 )
