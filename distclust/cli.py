@@ -1,4 +1,5 @@
-"""The command line: `distclust prepare | train | assign | evaluate | demo | methods | estimate`.
+"""The command line: `distclust prepare | train | assign | evaluate | demo | methods | estimate | generate |
+replay`.
 
 Everything is done by `run.py`; here are the words around it. Errors that a user can mend are printed as one
 paragraph: exit code 2 for a configuration or documents that cannot be used, 1 for everything else.
@@ -363,6 +364,51 @@ def estimate(
             out.print(json.dumps(data, indent=1), soft_wrap=True, markup=False)
         else:
             out.print(describe(found, machine), soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the corpus goes; a URL will do.")],
+    documents: Annotated[float, typer.Option("--documents", min=1, help="How many, such as 10e6.")],
+    terms: Annotated[int, typer.Option("--terms", min=2, help="Columns: 47,236 as RCV1, or 2,000.")] = 47_236,
+    topics: Annotated[int, typer.Option("--topics", min=1, help="Topics; each document has one.")] = 20,
+    nonzeros: Annotated[float, typer.Option("--nonzeros", min=1, help="Terms of a document.")] = 77.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same documents.")] = 0,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = 1,
+    debug: DebugOption = False,
+) -> None:
+    """Write made-up documents of any number, shaped like RCV1, as a prepared corpus: for trials of size.
+
+    Zipf frequencies, topics as labels, rows as TF-IDF. One shard is held at a time, whatever the number.
+
+    Example: distclust generate /nfs/big --documents 10e6 --workers 8
+
+             distclust train damic-text --corpus /nfs/big clusters=20
+    """
+    with reporting_errors(debug):
+        from distclust.corpus.generate import GenerateConfig, generate_corpus
+
+        config = GenerateConfig(rows=int(documents), terms=terms, topics=topics, nonzeros=nonzeros, seed=seed)
+        manifest = generate_corpus(folder, config, workers=workers)
+        out.print(f"{manifest.n_rows:,} documents of {terms:,} terms are in {folder}.", highlight=False)
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its file of unsent metrics.")],
+    uri: Annotated[str, typer.Argument(metavar="URI", help="The tracking server, such as http://host:5000.")],
+    debug: DebugOption = False,
+) -> None:
+    """Send what a tracking server did not take while it was away.
+
+    What the server has already is not sent again; the file is removed when all is there.
+
+    Example: distclust replay runs/damic-text http://mlflow.example:5000
+    """
+    with reporting_errors(debug):
+        from distclust.training.tracking import replay as send
+
+        out.print(f"The MLflow run {send(run, uri)} has everything now.", highlight=False)
 
 
 # ---- what commands share

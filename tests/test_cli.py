@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,15 +12,18 @@ import time
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from distclust.cli import app
+from distclust.corpus.shards import Corpus
 from distclust.mixture.catalogue import ESTIMATORS, MISSING
 from distclust.mixture.methods import METHODS
 from distclust.mixture.taxonomy import taxonomy
+from distclust.training.tracking import SPOOL_NAME, Tracker
 from stories import records, snapshot, tiny_recipe, write_jsonl
 
-COMMANDS = ("prepare", "train", "assign", "evaluate", "demo", "methods")
+COMMANDS = ("prepare", "train", "assign", "evaluate", "demo", "methods", "generate", "replay")
 
 
 def call(*arguments):
@@ -346,3 +350,38 @@ def test_the_demo_from_the_command_line(tmp_path):
         assert (tmp_path / "demo" / summary[key]).exists()
     again = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert again.stdout.splitlines()[:-1] == done.stdout.splitlines()[:-1]
+
+
+# ---- generate and replay
+
+
+def test_generate_writes_a_corpus_that_can_be_trained_on(tmp_path):
+    folder = tmp_path / "made"
+    result = call(
+        "generate", folder, "--documents", "3e2", "--terms", "60", "--topics", "3", "--nonzeros", "9"
+    )
+    assert result.exit_code == 0, result.output
+    assert "300 documents of 60 terms" in plain(result.output)
+    corpus = Corpus.open(folder)
+    assert (corpus.n_rows, corpus.n_features) == (300, 60)
+    assert {label for n in range(len(corpus.manifest.shards)) for (label,) in corpus.shard(n).labels()} == {
+        f"topic-{n:04}" for n in range(3)
+    }
+    assert call("generate", folder, "--documents", "300", "--terms", "1").exit_code == 2
+
+
+def test_replay_sends_what_a_server_did_not_take(tmp_path):
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    run = tmp_path / "run"
+    run.mkdir()
+    with Tracker(store, run, None, None) as tracker:  # no client: the server is away
+        tracker.log_final({"final/nmi": 0.5})
+    assert (run / SPOOL_NAME).exists()
+    result = call("replay", run, store)
+    assert result.exit_code == 0, result.output
+    run_id = re.search(r"The MLflow run (\w+) has everything", plain(result.output))[1]
+    assert MlflowClient(store).get_run(run_id).data.metrics["final/nmi"] == 0.5
+    assert not (run / SPOOL_NAME).exists()
+    again = call("replay", run, store)
+    assert again.exit_code == 1
+    assert "does not exist" in plain(again.output)

@@ -197,10 +197,9 @@ class Tracker:
         if not self.spool.exists():
             return None
         logger.warning(
-            "what the tracking server has not taken is in %s; "
-            "send it with distclust.training.tracking.replay(%r, uri)",
+            "what the tracking server has not taken is in %s; send it with: distclust replay %s URI",
             self.spool,
-            str(self.spool),
+            self.spool.parent,
         )
         return self.spool
 
