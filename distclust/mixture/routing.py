@@ -77,44 +77,42 @@ class Routes:
 def pair_errors(pairs: Rows, hidden: Tensor, weight: Tensor, bias: Tensor, counts: list[int]) -> Tensor:
     """`||x_p - (weight_k hidden_p + bias_k)||^2` for P pairs (P, D), (P, H) in the order of `Routes`, (P,).
 
-    `weight` (D, K, H), `bias` (D, K). No (P, D) tensor that is larger than `weight` is made.
+    `weight` (D, K, H), `bias` (D, K). No (P, D) tensor is made.
     """
     found: Tensor = _PairErrors.apply(hidden, weight, bias, pairs, counts)
     return found
 
 
 class _PairErrors(torch.autograd.Function):
-    """Expert by expert, dense for few rows and by the Gram form for many, with a backward that writes each
-    expert's gradient to its place: autograd's makes a gradient of all experts for each of these forms, and
-    copies them together, which is most of the time of a step with some hundred experts."""
+    """Expert by expert, by the Gram form for many rows, and dense for few, when (n, D) is smaller than the
+    expert's weight; the backward makes that again, so that no two of them are held at a time.
+
+    The backward writes each expert's gradient to its place: autograd's makes a gradient of all experts for
+    each of these forms and copies them together, which is most of a step with some hundred experts.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, pairs: Rows, counts: list[int]
     ) -> Tensor:
         found: list[Tensor] = []
-        kept: list[tuple[SparseRows | None, Tensor] | None] = []
+        halves: list[Tensor | None] = []
         for k, (h, x) in enumerate(zip(hidden.split(counts), _split(pairs, counts), strict=True)):
-            own = weight[:, k]  # (D, H)
-            if not h.shape[0]:
-                kept.append(None)
-                continue
-            if isinstance(x, SparseRows) and gram_is_cheaper(h.shape[0], h.shape[1], own.shape[0]):
-                own = own.contiguous()
-                wb = bias[:, k] @ own  # (H,)
+            b, half = bias[:, k].contiguous(), None
+            if isinstance(x, SparseRows) and gram_is_cheaper(h.shape[0], h.shape[1], weight.shape[0]):
+                own = weight[:, k].contiguous()  # (D, H)
+                wb = b @ own  # (H,)
                 half = torch.addmm(wb, h, own.t() @ own)  # (n, H): W'(W h + b)
                 xw = x.matmul(own)  # (n, H)
-                yy = ((half + wb) * h).sum(1) + bias[:, k].square().sum()
-                xy = (xw * h).sum(1) + x.matmul(bias[:, k : k + 1].contiguous()).squeeze(1)
+                yy = ((half + wb) * h).sum(1) + b.square().sum()
+                xy = (xw * h).sum(1) + x.matmul(b[:, None]).squeeze(1)
                 found.append((x.square_norms() - 2.0 * xy + yy).clamp_min(0.0))
-                kept.append((x, half - xw))
-            else:
-                dense = x.to_dense() if isinstance(x, SparseRows) else x
-                residual = torch.addmm(bias[:, k], h, own.t()).sub_(dense)  # (n, D)
-                found.append(residual.square().sum(1))
-                kept.append((None, residual))
+                half -= xw
+            elif h.shape[0]:
+                found.append(_residual(h, weight[:, k], b, x).square_().sum(1))
+            halves.append(half)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.kept, ctx.counts = kept, counts
+        ctx.pairs, ctx.counts, ctx.halves = pairs, counts, halves
         return torch.cat(found) if found else hidden.new_zeros(0)
 
     @staticmethod
@@ -124,24 +122,33 @@ class _PairErrors(torch.autograd.Function):
         of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         of_hidden = torch.empty_like(hidden)
         parts = (part.split(ctx.counts) for part in (hidden, grad[:, None] * 2.0, of_hidden))
-        for k, (h, twice, out) in enumerate(zip(*parts, strict=True)):
-            if ctx.kept[k] is None:
-                continue
-            x, saved = ctx.kept[k]
-            scaled = saved * twice
-            if x is None:  # scaled (n, D)
+        every = zip(*parts, _split(ctx.pairs, ctx.counts), ctx.halves, strict=True)
+        for k, (h, twice, out, x, half) in enumerate(every):
+            own, b = weight[:, k], bias[:, k]
+            if half is not None:
+                weighted = h * twice
+                mean = weighted.sum(0)
+                # W (h' diag(g) h) + b mean' - x' diag(g) h
+                product = torch.addmm(torch.outer(b, mean), own, weighted.t() @ h)
+                of_weight[:, k] = product - columns_times(x, weighted)
+                of_bias[:, k] = own @ mean + b * twice.sum() - columns_times(x, twice).squeeze(1)
+                torch.mul(half, twice, out=out)
+            elif h.shape[0]:
+                scaled = _residual(h, own, b, x).mul_(twice)  # (n, D)
                 torch.mm(scaled.t(), h, out=of_weight[:, k])
                 of_bias[:, k] = scaled.sum(0)
-                torch.mm(scaled, weight[:, k], out=out)
-                continue
-            weighted = h * twice
-            mean, b = weighted.sum(0), bias[:, k]
-            # W (h' diag(g) h) + b mean' - x' diag(g) h
-            product = torch.addmm(torch.outer(b, mean), weight[:, k], weighted.t() @ h)
-            of_weight[:, k] = product - columns_times(x, weighted)
-            of_bias[:, k] = weight[:, k] @ mean + b * twice.sum() - columns_times(x, twice).squeeze(1)
-            out.copy_(scaled)
+                torch.mm(scaled, own, out=out)
         return of_hidden, of_weight, of_bias, None, None
+
+
+def _residual(hidden: Tensor, weight: Tensor, bias: Tensor, x: Rows) -> Tensor:
+    """`hidden weight' + bias - x`, (n, D)."""
+    y = torch.addmm(bias, hidden, weight.t())
+    if not isinstance(x, SparseRows):
+        return y.sub_(x)
+    places = x.row_numbers() * x.n_features + x.indices
+    y.view(-1).index_add_(0, places, x.values.to(y.dtype), alpha=-1.0)
+    return y
 
 
 def _split(pairs: Rows, counts: list[int]) -> Iterator[Rows]:

@@ -172,7 +172,7 @@ def test_the_work_follows_the_pairs_and_not_the_number_of_experts() -> None:
             counts[name, k] = counter.get_total_flops()
     assert counts["some", 100] == counts["some", 10]
     assert counts["all", 100] == 10 * counts["all", 10]
-    assert counts["all", 10] >= 9 * counts["some", 10]
+    assert counts["all", 10] > 8 * counts["some", 10]  # the backward of some makes their residuals again
 
 
 class Log(NoHooks):

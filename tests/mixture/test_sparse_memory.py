@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from distclust.mixture import sparse
 from distclust.mixture.experts import AutoencoderExperts
 from distclust.mixture.networks import Autoencoder
+from distclust.mixture.routing import Routes
 from distclust.mixture.settings import ModelSettings
 from distclust.mixture.sparse import SparseRows
 
@@ -52,7 +53,29 @@ def experts_step() -> None:
     AutoencoderExperts(D, K, (H // K,), 4).errors(batch()).sum().backward()
 
 
-@pytest.mark.parametrize("step", [autoencoder_step, experts_step])
+def routed_step() -> None:
+    """Each row asks one of the experts: 128 rows an expert of width 4, the Gram form."""
+    routes = Routes.to_own(torch.arange(B) % K, K)
+    AutoencoderExperts(D, K, (H // K,), 4).errors_of(batch(), routes).sum().backward()
+
+
+EXPERTS, EACH = 16, 3
+
+
+def routed_to_many_step() -> None:
+    """Three rows an expert of width 4: the dense form, an expert at a time."""
+    x, rows = batch(), EXPERTS * EACH
+    x = SparseRows(x.offsets[: rows + 1], x.indices[: rows * NONZEROS], x.values[: rows * NONZEROS], D)
+    routes = Routes.to_own(torch.arange(rows) % EXPERTS, EXPERTS)
+    AutoencoderExperts(D, EXPERTS, (4,), 4).errors_of(x, routes).sum().backward()
+
+
+def test_experts_that_few_rows_ask_hold_the_dense_rows_of_one_at_a_time() -> None:
+    layer = 4 * D * EXPERTS * 4  # bytes; all dense rows would be 0.75 of it
+    assert peak_bytes(routed_to_many_step) < 4.9 * layer
+
+
+@pytest.mark.parametrize("step", [autoencoder_step, experts_step, routed_step])
 def test_a_step_allocates_less_than_one_dense_batch(step: Callable[[], None]) -> None:
     weights = 4 * D * H  # bytes of one layer; two of them, their gradients and what is added up to them
     assert peak_bytes(step) < 8 * weights + DENSE_BATCH / 10 < 0.4 * DENSE_BATCH
