@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from distclust.mixture.methods import METHODS
 from jobs import benchmark
-from jobs.benchmarks import clustpy_peer, compute
+from jobs.benchmarks import clustpy_peer, compute, memory
 from jobs.benchmarks.measure import Row, batch, interleaved, paired_ratio, peak_memory, spread
 
 
@@ -111,6 +112,15 @@ def test_a_row_without_a_peer_says_why() -> None:
 
 def test_peak_memory_is_this_process_own() -> None:
     assert peak_memory() > 50e6
+
+
+@pytest.mark.parametrize("method", memory.RUNS)
+def test_the_memory_runs_have_every_phase_of_their_row(method: str) -> None:
+    settings = memory.config(method, 1)
+    row = METHODS[method]
+    assert [(p.name, p.epochs) for p in settings.phases] == [(p.name, min(p.epochs, 1)) for p in row.phases]
+    assert settings.clusters == 20
+    assert settings.cluster.workers == 0
 
 
 @pytest.mark.slow
