@@ -3,7 +3,7 @@
     python -m jobs.benchmark [PART ...] [--json FILE] [--quick]
 
 Prints one table; `--json` writes the same rows as a list of {name, ours, peer, ratio, unit, ...}. Without
-parts all run, in under ten minutes on two cores; `--quick` measures less of each. Peers that are not
+parts all run, in some fifteen minutes on two cores; `--quick` measures less of each. Peers that are not
 installed (`pip install 'distclust[bench]'`) are said to be so. It needs no cluster, and is a job like the
 others: `ray job submit --working-dir . -- python -m jobs.benchmark --json /nfs/benchmark.json`.
 

@@ -55,15 +55,18 @@ def memory(quick: bool) -> list[Row]:
         generate_corpus(corpus, GenerateConfig(rows=documents, terms=RCV1_TERMS))
         for method, settings in RUNS.items():
             run = in_a_process(__name__, method, corpus, f"{name}/{method}", epochs)
+            frozen = run["parameters"] - run["trained"]
+            state = 4 * frozen + 16 * run["trained"]
             sizes = "".join(f", {key}={value}" for key, value in settings.items())
             found.append(
                 Row(
                     name=f"peak memory, {method}, {RCV1_TERMS:,} terms, K {CLUSTERS}",
                     ours=run["peak"] / 1e6,
                     unit="MB",
-                    note=f"limit {LIMIT / 1e6:,.0f}; {run['parameters'] / 1e6:.1f} million parameters, with "
-                    f"gradients and Adam {16 * run['parameters'] / 1e6:,.0f} MB; phases {run['phases']}, "
-                    f"{documents:,} documents, {run['steps']} steps, {run['seconds']:.0f} s{sizes}",
+                    note=f"limit {LIMIT / 1e6:,.0f}; {run['parameters'] / 1e6:.1f} million parameters"
+                    f"{f', {frozen / 1e6:.1f} of them frozen' if frozen else ''}, {state / 1e6:,.0f} MB with "
+                    f"gradients and Adam; phases {run['phases']}, {documents:,} documents, "
+                    f"{run['steps']} steps, {run['seconds']:.0f} s{sizes}",
                 )
             )
     return found
@@ -87,6 +90,7 @@ def main(method: str, corpus: str, folder: str, epochs: int) -> None:
     features = Manifest.load(corpus).n_features
     model = MixtureModel(settings.row, settings.model, features, settings.clusters)
     found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    found["trained"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     sys.stdout.write(json.dumps(found) + "\n")
 
 
