@@ -226,13 +226,14 @@ class MixtureModel(nn.Module):
         """E (B, K) of the experts that are asked, `LEFT_OUT` for the others."""
         return routes.table(0.5 * self.experts.errors_of(self.expert_inputs(x), routes), n_rows(x))
 
-    def asks(self, phase: Phase) -> Asks:
-        """Which experts the terms of a phase look at: all, those that the gate names, the row's own."""
+    def asks(self, phase: Phase, device: str | None = None) -> Asks:
+        """Which experts the terms of a phase look at, on the model's device or on that type of device: all,
+        those that the gate names, the row's own."""
         if not isinstance(self.experts, AutoencoderExperts):
             return "all"
         names = {name for name, _ in phase.terms if "energies" in TERMS[name].needs}
         # on a GPU the host would have to wait for the sizes
-        if names == {"pseudo_energy"} and self.tau.device.type == "cpu":
+        if names == {"pseudo_energy"} and (device or self.tau.device.type) == "cpu":
             return "own"
         return "gate" if self.settings.expert_threshold and names & ROUTED_TERMS else "all"
 

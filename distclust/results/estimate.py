@@ -38,6 +38,8 @@ _STREAM_BYTES = 100e6
 """Buffers of the stream, whatever the corpus."""
 _ON_ROWS = frozenset({"in_weight", "out_weight", "out_bias", "means", "directions"})
 """Parameters that meet the sparse rows, beside the first layer of an encoder or a gate."""
+_ASKED = 3.0
+"""Experts that a row asks where it does not ask all of them: what warm gates do."""
 _ADAM_TRAFFIC = 28
 """Bytes that fused Adam reads and writes for a parameter."""
 
@@ -156,7 +158,7 @@ def estimate(
     in_step = config.order.lanes * config.order.rows_per_lane
     here = replace(machine, devices=min(machine.devices, config.order.lanes))
     rows = -(-in_step // here.devices)
-    cost = _Cost(model, width, nonzeros)
+    cost = _Cost(model, width, nonzeros, here.gpu)
     phases = tuple(_phase(phase, cost, documents, in_step, rows, here) for phase in config.phases)
     corpus = documents * (8 * nonzeros + 4 + 24)
     parameters = sum(p.numel() for p in model.parameters())
@@ -254,8 +256,9 @@ def _phase(
 class _Cost:
     """Operations of a model's parts, layer by layer."""
 
-    def __init__(self, model: MixtureModel, terms: int, nonzeros: float):
+    def __init__(self, model: MixtureModel, terms: int, nonzeros: float, gpu: bool):
         self.model, self.terms, self.nonzeros = model, terms, nonzeros
+        self.device = "cuda" if gpu else "cpu"
 
     def trained(self, phase: Phase) -> int:
         """Parameters with gradients."""
@@ -274,7 +277,9 @@ class _Cost:
         if "codes" in needs or decodes:
             total += self._module(self.model.network, rows, "network" in phase.trains, decodes)
         if "energies" in needs and self.model.experts is not None:
-            total += self._module(self.model.experts, rows, "experts" in phase.trains)
+            asked = {"all": self.model.n_clusters, "own": 1.0, "gate": _ASKED}
+            share = min(1.0, asked[self.model.asks(phase, self.device)] / self.model.n_clusters)
+            total += self._module(self.model.experts, rows * share, "experts" in phase.trains)
         if needs & {"gate", "clean_gate"}:
             total += self._module(self.model.gate, rows, "gate" in phase.trains)
         if "pseudo_labels" in needs:  # by the frozen encoder

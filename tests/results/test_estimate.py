@@ -63,6 +63,18 @@ def test_dense_operations_of_a_step_are_those_that_torch_counts(method: str, pha
     assert said == pytest.approx(counter.get_total_flops(), rel=0.06)  # products with vectors are left out
 
 
+def test_rows_that_ask_some_experts_cost_less() -> None:
+    flops = {}
+    for method in ("damic", "damic-topm"):
+        paper = estimate(config(method), 64_000, Machine.cpu(1))
+        flops[method] = {p.name: p.flops for p in paper.phases}
+    every = estimate(config("damic"), 64_000, Machine(devices=1))
+    on_gpu = {p.name: p.flops for p in every.phases}
+    assert flops["damic"]["experts"] < 0.5 * on_gpu["experts"]  # on a CPU a row's own expert alone
+    assert flops["damic"]["joint"] == on_gpu["joint"]
+    assert flops["damic-topm"]["joint"] < 0.8 * flops["damic"]["joint"]
+
+
 def test_time_grows_with_documents_and_bytes_with_workers() -> None:
     assert on_paper(documents=128_000).seconds == pytest.approx(2 * on_paper().seconds, rel=0.01)
     trained = 4 * sum(
