@@ -39,6 +39,8 @@ def config(method: str, epochs: int, clusters: int = CLUSTERS) -> RunConfig:
         "clusters": clusters,
         "model": RUNS[method],
         "order": {"lanes": 8, "rows_per_lane": 128},
+        # one in the middle of each phase, too: it holds the optimiser's moments, those at the end do not
+        "checkpoint": {"every_steps": 10},
         "tracking": {"enabled": False},
         "cluster": {"workers": 0},
     }
