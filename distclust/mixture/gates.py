@@ -50,6 +50,18 @@ class LinearGate(nn.Module):
         self.layer.weight.copy_(torch.linalg.pinv(centroids.double()))  # (J, K)
         self.layer.bias.zero_()
 
+    @torch.no_grad()
+    def start_at_e_step(self, centroids: Tensor, sharpness: float = 10.0) -> None:
+        """`p_k ~ exp(-b ||z - mu_k||^2)`: the E-step of an isotropic mixture at the centroids (K, J), whose
+        argmax is k-means'; b makes logits differ by `sharpness` for the mean squared distance of two
+        centroids."""
+        mu = centroids.double()
+        k = mu.shape[0]
+        apart = torch.cdist(mu, mu).square().sum() / max(k * (k - 1), 1)
+        b = sharpness / apart.clamp_min(1e-12)
+        self.layer.weight.copy_(2.0 * b * mu.t())  # (J, K)
+        self.layer.bias.copy_(-b * mu.square().sum(1))
+
 
 class PriorGate(nn.Module):
     """The same `pi` for every row. Held as logits, so that it can neither grow without bound nor become

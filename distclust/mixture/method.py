@@ -10,7 +10,7 @@ from distclust.mixture.settings import ModelSettings, Phase, one_of
 from distclust.mixture.statistics import STATISTICS
 from distclust.mixture.terms import AGGREGATOR_TERMS, ROUTED_TERMS, TERMS
 
-STARTS = frozenset({"initialise_clusters", "pinv_gate", "gaussian_start"})
+STARTS = frozenset({"initialise_clusters", "pinv_gate", "e_step_gate", "gaussian_start"})
 """What a phase may begin with, beside a statistic: see training/initialise.py."""
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from distclust.errors import CheckpointError
 from distclust.training.differences import differences
+from distclust.training.tensor_bytes import safetensors_pieces
 
 __all__ = ["CheckpointStore", "differences"]
 
@@ -88,8 +89,8 @@ class CheckpointStore:
             listed: dict[str, dict[str, Any]] = {}
             for group, named in tensors.items():
                 written.append(f"{group}{suffix}.safetensors")
-                data = safetensors.torch.save(_plain(named, group))
-                listed[written[-1]] = self._write(folder, written[-1], data)
+                pieces = safetensors_pieces(_plain(named, group))
+                listed[written[-1]] = self._write(folder, written[-1], *pieces)
             written.append(f"state{suffix}.json")
             listed[written[-1]] = self._write(folder, written[-1], text.encode())
             commit = _commit_bytes(generation, listed)
@@ -216,10 +217,10 @@ class CheckpointStore:
         if self._local:
             _sync_folder(os.path.dirname(folder))
 
-    def _write(self, folder: str, file: str, data: bytes) -> dict[str, Any]:
-        path = posixpath.join(folder, file)
-        view = memoryview(data)
-        pieces = (view[first : first + _PIECE] for first in range(0, len(view), _PIECE))
+    def _write(self, folder: str, file: str, *data: bytes | memoryview) -> dict[str, Any]:
+        path, digest = posixpath.join(folder, file), hashlib.sha256()
+        views = [memoryview(part) for part in data]
+        pieces = (view[at : at + _PIECE] for view in views for at in range(0, len(view), _PIECE))
         if self._local:
             part = path + ".part"
             with open(part, "wb") as out:
@@ -232,7 +233,9 @@ class CheckpointStore:
             with self._fs.open(path, "wb") as out:
                 for piece in pieces:
                     out.write(bytes(piece))
-        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for view in views:
+            digest.update(view)
+        return {"bytes": sum(map(len, views)), "sha256": digest.hexdigest()}
 
     def _is_committed(self, folder: str, commit: bytes) -> bool:
         try:

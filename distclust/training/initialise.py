@@ -26,7 +26,8 @@ _SAMPLE_NUMBERS = 2**28
 
 
 def start_clusters(name: str, model: MixtureModel, stream: Stream, config: RunConfig, world: World) -> None:
-    """What a phase may begin with: `initialise_clusters`, `pinv_gate`, `gaussian_start` (`method.STARTS`).
+    """What a phase may begin with: `initialise_clusters`, `pinv_gate`, `e_step_gate`, `gaussian_start`
+    (`method.STARTS`).
 
     Raises:
         DataError: when there are fewer distinct codes than clusters.
@@ -36,6 +37,9 @@ def start_clusters(name: str, model: MixtureModel, stream: Stream, config: RunCo
     elif name == "pinv_gate":
         assert isinstance(model.gate, LinearGate)
         model.gate.start_from(model.pseudo_centroids)
+    elif name == "e_step_gate":
+        assert isinstance(model.gate, LinearGate)
+        model.gate.start_at_e_step(model.pseudo_centroids)
     else:
         gaussian_start(model, stream, config, world)
 

@@ -124,6 +124,8 @@ def test_the_memory_runs_have_every_phase_of_their_row(method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["step", "experts", "topm", "kmeans", "assign", "clustpy", "growth", "estimate"])
+@pytest.mark.parametrize(
+    "part", ["step", "experts", "topm", "kmeans", "assign", "clustpy", "growth", "estimate"]
+)
 def test_quick_parts(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main([part, "--quick"]) == 0, capsys.readouterr().out
