@@ -55,7 +55,7 @@ def workers(quick: bool) -> list[Row]:
     from distclust.corpus.generate import GenerateConfig, generate_corpus
 
     found = []
-    for rows in (512,) if quick else (1024,):
+    for rows in (512,) if quick else (1024, 4096):
         ours, peer = [], []
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
