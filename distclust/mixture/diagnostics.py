@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from distclust.mixture.model import Asks
-from distclust.mixture.routing import LEFT_OUT, worst_case
+from distclust.mixture.routing import worst_case
 from distclust.mixture.terms import Scene, Stats, lse, responsibility
 
 
-def diagnostics(scene: Scene, asks: Asks, global_step: int) -> Stats:
+def diagnostics(scene: Scene, global_step: int) -> Stats:
     """Sums over the batch for the log: hard usage counts (K,), the gate's certainty, KL(w || p) where there
     are both, and with top-m experts what leaving experts out costs."""
     n_clusters = scene.model.n_clusters
@@ -31,13 +31,13 @@ def diagnostics(scene: Scene, asks: Asks, global_step: int) -> Stats:
     if view.energies is not None and aggregator in ("LSE", "FREE") and view.log_p is not None:
         log_w = responsibility(log_p, view.energies.detach(), scene.model.tau)
         sums["kl_w_p"] = (log_w.exp() * (log_w - log_p)).sum()
-    if asks == "gate":
-        sums |= _left_out(scene, global_step)
+    if view.asked is not None:
+        sums |= _left_out(scene, view.asked, global_step)
     return sums
 
 
 @torch.no_grad()
-def _left_out(scene: Scene, global_step: int) -> Stats:
+def _left_out(scene: Scene, asked: Tensor, global_step: int) -> Stats:
     """What top-m experts leave out: pairs that were asked, the bound on the loss that is too high, and every
     `expert_check_steps` the energies of all experts: the exact difference, and the rows whose best expert (of
     the smallest energy; of the largest responsibility) was not asked."""
@@ -45,11 +45,10 @@ def _left_out(scene: Scene, global_step: int) -> Stats:
     log_p = view.log_p if view.clean_log_p is None else view.clean_log_p
     assert log_p is not None
     assert view.energies is not None
-    asked = view.energies < LEFT_OUT
     loss = lse(log_p, view.energies, model.tau)
     sums: Stats = {
         "topm/experts_asked": asked.sum(),
-        "topm/bound": worst_case(log_p, view.energies, loss, model.tau).sum(),
+        "topm/bound": worst_case(log_p, asked, loss, model.tau).sum(),
     }
     if global_step % model.settings.expert_check_steps == 0:
         energies = model.energies(scene.x, view.z)

@@ -8,7 +8,7 @@ from typing import Literal
 from distclust.mixture.energies import find_dissimilarity
 from distclust.mixture.settings import ModelSettings, Phase, one_of
 from distclust.mixture.statistics import STATISTICS
-from distclust.mixture.terms import AGGREGATOR_TERMS, ROUTED_TERMS, TERMS
+from distclust.mixture.terms import AGGREGATOR_TERMS, TERMS
 
 STARTS = frozenset({"initialise_clusters", "pinv_gate", "e_step_gate", "gaussian_start"})
 """What a phase may begin with, beside a statistic: see training/initialise.py."""
@@ -91,11 +91,24 @@ class Method:
                 f"{where}: model.balance and model.sharpen change the teacher of the term lse_clean_teacher, "
                 "which no phase has; use damic-text, or leave model.balance at 0 and model.sharpen at 1"
             )
-        if self.settings.expert_threshold and (self.gate != "network" or not self.terms & ROUTED_TERMS):
+        if self.settings.expert_threshold:
+            self._check_top_experts(where)
+
+    def _check_top_experts(self, where: str) -> None:
+        found = f"{where}: model.expert_threshold is {self.settings.expert_threshold}"
+        likelihood = AGGREGATOR_TERMS["LSE"]
+        if self.gate != "network" or not self.terms & likelihood:
             raise ValueError(
-                f"{where}: model.expert_threshold is {self.settings.expert_threshold}, and leaving experts "
-                "out is for the likelihood of a mixture with a gate network; use damic-topm, or leave it at 0"
+                f"{found}, and leaving experts out is for the likelihood of a mixture with a gate network; use "
+                "damic-topm, or leave it at 0"
             )
+        for phase in self.phases:
+            used = {name for name, _ in phase.terms if "energies" in TERMS[name].needs}
+            if used & likelihood and (others := used - likelihood):
+                raise ValueError(
+                    f"{found}, so phase {phase.name} computes the energies of some experts only, and has a "
+                    f"term beside the likelihood that reads them all; leave out {', '.join(sorted(others))}"
+                )
 
     def _check_slots(self, where: str) -> None:
         if self.aggregator in ("LSE", "FREE") and self.gate in ("tied", "hard"):

@@ -21,7 +21,7 @@ from distclust.mixture.noise import Noise
 from distclust.mixture.routing import Routes, asked_by
 from distclust.mixture.settings import ModelSettings, Phase
 from distclust.mixture.sparse import Rows, n_rows, rows_times
-from distclust.mixture.terms import ROUTED_TERMS, TERMS, Scene, Stats, View, responsibility
+from distclust.mixture.terms import AGGREGATOR_TERMS, TERMS, Scene, Stats, View, responsibility
 
 Asks = Literal["all", "own", "gate"]
 """The experts whose energies a pass computes: all, the pseudo-label's, those that the gate names."""
@@ -235,7 +235,7 @@ class MixtureModel(nn.Module):
         # on a GPU the host would have to wait for the sizes
         if names == {"pseudo_energy"} and (device or self.tau.device.type) == "cpu":
             return "own"
-        return "gate" if self.settings.expert_threshold and names & ROUTED_TERMS else "all"
+        return "gate" if self.settings.expert_threshold and names & AGGREGATOR_TERMS["LSE"] else "all"
 
     def log_gate(self, x: Rows, z: Tensor | None, energies: Tensor | None, noise: Noise | None) -> Tensor:
         """log p (B, K); x is what a gate network reads: rows, or the experts' codes one after the other."""
@@ -308,6 +308,7 @@ class MixtureModel(nn.Module):
                 other = network_noise is not None and energies is not None and self.experts is None
                 clean_energies = self.energies(x, clean_z) if other else energies
                 clean = self.log_gate(read, clean_z, clean_energies, None)
+        asked: Tensor | None = None
         labels = self.pseudo_labels(x) if "pseudo_labels" in needs else None
         if "energies" in needs and asks == "own":
             assert labels is not None
@@ -319,7 +320,7 @@ class MixtureModel(nn.Module):
             asked = asked_by(answer.detach(), s.expert_threshold, s.expert_limit)
             energies = self.energies_of(x, Routes.of(asked))
         teacher = self._teacher_log_p(x) if "teacher" in needs else None
-        return View(z, energies, log_p, clean, labels, log_q, teacher, layers)
+        return View(z, energies, asked, log_p, clean, labels, log_q, teacher, layers)
 
     def _with_what_they_need(self, needs: Iterable[str]) -> frozenset[str]:
         """The needs, and what has to be computed for them."""

@@ -7,7 +7,8 @@ difference is at most `tau log(1 + r exp(L_S / tau))` with r the gate's probabil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ class Routes:
     experts: Tensor
     """(P,) int64, rising."""
     counts: list[int]
-    """Pairs of each of the K experts. On a GPU the host waits for them, once a step."""
+    """Pairs of each of the K experts. On a GPU the host waits for such sizes a few times a step."""
 
     @classmethod
     def of(cls, asked: Tensor) -> Routes:
@@ -97,7 +98,8 @@ class _PairErrors(torch.autograd.Function):
     ) -> Tensor:
         found: list[Tensor] = []
         halves: list[Tensor | None] = []
-        for k, (h, x) in enumerate(zip(hidden.split(counts), _split(pairs, counts), strict=True)):
+        parts = _split(pairs, counts)
+        for k, (h, x) in enumerate(zip(hidden.split(counts), parts, strict=True)):
             b, half = bias[:, k].contiguous(), None
             if isinstance(x, SparseRows) and gram_is_cheaper(h.shape[0], h.shape[1], weight.shape[0]):
                 own = weight[:, k].contiguous()  # (D, H)
@@ -112,7 +114,7 @@ class _PairErrors(torch.autograd.Function):
                 found.append(_residual(h, weight[:, k], b, x).square_().sum(1))
             halves.append(half)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.pairs, ctx.counts, ctx.halves = pairs, counts, halves
+        ctx.parts, ctx.counts, ctx.halves = parts, counts, halves
         return torch.cat(found) if found else hidden.new_zeros(0)
 
     @staticmethod
@@ -121,8 +123,8 @@ class _PairErrors(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         of_hidden = torch.empty_like(hidden)
-        parts = (part.split(ctx.counts) for part in (hidden, grad[:, None] * 2.0, of_hidden))
-        every = zip(*parts, _split(ctx.pairs, ctx.counts), ctx.halves, strict=True)
+        of_pairs = (part.split(ctx.counts) for part in (hidden, grad[:, None] * 2.0, of_hidden))
+        every = zip(*of_pairs, ctx.parts, ctx.halves, strict=True)
         for k, (h, twice, out, x, half) in enumerate(every):
             own, b = weight[:, k], bias[:, k]
             if half is not None:
@@ -151,19 +153,18 @@ def _residual(hidden: Tensor, weight: Tensor, bias: Tensor, x: Rows) -> Tensor:
     return y
 
 
-def _split(pairs: Rows, counts: list[int]) -> Iterator[Rows]:
+def _split(pairs: Rows, counts: list[int]) -> list[Rows]:
     """The rows of each expert."""
     if not isinstance(pairs, SparseRows):
-        yield from pairs.split(counts)
-        return
-    start = 0
-    for count in counts:
-        offsets = pairs.offsets[start : start + count + 1]
-        first, last = (int(offsets[0]), int(offsets[-1])) if count else (0, 0)
-        yield SparseRows(
-            offsets - first, pairs.indices[first:last], pairs.values[first:last], pairs.n_features
+        return list(pairs.split(counts))
+    first = [0, *itertools.accumulate(counts)]
+    bounds = pairs.offsets[first].tolist()
+    return [
+        SparseRows(
+            pairs.offsets[a : b + 1] - at, pairs.indices[at:end], pairs.values[at:end], pairs.n_features
         )
-        start += count
+        for a, b, at, end in zip(first[:-1], first[1:], bounds[:-1], bounds[1:], strict=True)
+    ]
 
 
 def asked_by(log_p: Tensor, threshold: float, limit: int = 0) -> Tensor:
@@ -177,8 +178,8 @@ def asked_by(log_p: Tensor, threshold: float, limit: int = 0) -> Tensor:
     return asked
 
 
-def worst_case(log_p: Tensor, energies: Tensor, loss: Tensor, tau: Tensor | float) -> Tensor:
-    """The bound (B,) on L_S - L, from the gate (B, K), the energies (B, K) as `Routes.table` gives them and
-    L_S (B,): all experts that were left out could have had no error at all."""
-    left_out = log_p.masked_fill(energies < LEFT_OUT, -torch.inf).logsumexp(1)  # (B,) log r
+def worst_case(log_p: Tensor, asked: Tensor, loss: Tensor, tau: Tensor | float) -> Tensor:
+    """The bound (B,) on L_S - L, from the gate (B, K), who was asked (B, K) and L_S (B,): all experts that
+    were left out could have had no error at all."""
+    left_out = log_p.masked_fill(asked, -torch.inf).logsumexp(1)  # (B,) log r
     return tau * F.softplus(left_out + loss / tau)

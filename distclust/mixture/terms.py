@@ -34,6 +34,7 @@ class View:
 
     z: Tensor | None = None  # (B, J) codes as the encoder gives them
     energies: Tensor | None = None  # (B, K)
+    asked: Tensor | None = None  # (B, K) bool, top-m experts: whose energies were computed
     log_p: Tensor | None = None  # (B, K) gate, with the phase's noise
     clean_log_p: Tensor | None = None  # (B, K) gate without noise and without gradient
     pseudo_labels: Tensor | None = None  # (B,) of the pretrained encoder's k-means
@@ -158,7 +159,7 @@ def _lse_clean_teacher(s: Scene) -> Tensor:
     clean = _clean_log_p(s)
     log_w = responsibility(clean, energies, tau).detach()
     if settings.sharpen != 1.0 or settings.balance:
-        log_f = _log_frequency(s) if settings.balance else torch.zeros(())
+        log_f = _log_frequency(s) if settings.balance else log_w.new_zeros(())
         log_w = sharpened_target(log_w, log_f, settings.sharpen, settings.balance)
     surrogate = (log_w.exp() * (energies - tau * _log_p(s))).sum(1)
     value = lse(clean, energies, tau).detach()
@@ -341,8 +342,6 @@ TERMS: dict[str, Term] = {
     "orthonormality": Term(_orthonormality, _GATE),
 }
 
-ROUTED_TERMS = frozenset({"lse", "lse_clean_teacher"})
-"""Terms that may be computed from some of the experts."""
 AGGREGATOR_TERMS = {
     "LSE": frozenset({"lse", "lse_clean_teacher"}),
     "EXP": frozenset({"exp", "exp_orthonormal"}),

@@ -77,7 +77,7 @@ class StepLoss(nn.Module):
         scaled = loss * (self.world_size / rows_in_step)
         not_finite = (~torch.isfinite(scaled.detach())).to(scaled.dtype)
         seen: Stats = {f"term/{name}": value.detach() for name, value in sums.items()}
-        seen |= diagnostics(scene, self.model.asks(phase), noise.step)
+        seen |= diagnostics(scene, noise.step)
         return scaled + self.flag * not_finite, seen
 
 

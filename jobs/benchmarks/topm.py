@@ -101,7 +101,7 @@ def _sharpen(model: MixtureModel, x: SparseRows) -> float:
     asked = 0.0
     for _ in range(40):
         scene = model.scene(x, phase, {}, Noise(0, 1, [0], [x.n_rows], "cpu"))
-        asked = float(diagnostics(scene, "gate", 1)["topm/experts_asked"]) / x.n_rows
+        asked = float(diagnostics(scene, 1)["topm/experts_asked"]) / x.n_rows
         certainty = float(scene.view.log_p.exp().amax(1).mean()) if scene.view.log_p is not None else 1.0
         if certainty > 0.5 and asked <= ASKED:
             break

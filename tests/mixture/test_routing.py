@@ -97,7 +97,7 @@ def test_the_objective_is_above_the_full_one_by_no_more_than_the_bound() -> None
             asked = asked_by(log_p, threshold)
             some = torch.where(asked, energies, torch.full_like(energies, LEFT_OUT))
             loss, full = lse(log_p, some, tau), lse(log_p, energies, tau)
-            bound = worst_case(log_p, some, loss, tau)
+            bound = worst_case(log_p, asked, loss, tau)
             assert (loss - full >= -1e-12).all()
             assert (loss - full <= bound + 1e-12).all()
             if threshold == 1e-12:
@@ -108,7 +108,7 @@ def test_the_objective_is_above_the_full_one_by_no_more_than_the_bound() -> None
                 assert (bound[~asked.all(1)] > 0).all()
     # the bound is reached where the experts that were left out have no error
     energies[~asked] = 0.0
-    torch.testing.assert_close(worst_case(log_p, some, loss, tau), loss - lse(log_p, energies, tau))
+    torch.testing.assert_close(worst_case(log_p, asked, loss, tau), loss - lse(log_p, energies, tau))
 
 
 def small_model(method: str, **settings: Any) -> MixtureModel:
@@ -226,3 +226,10 @@ def test_what_cannot_leave_experts_out_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
         resolve({"method": method, "clusters": 3, "model": settings})
+
+
+@pytest.mark.parametrize("other", ["exp", "pseudo_energy"])
+def test_a_term_that_reads_every_energy_is_refused_beside_it(other: str) -> None:
+    phases = {"joint": {"terms": [["lse", 1.0], [other, 1.0]]}}
+    with pytest.raises(ConfigError, match=f"leave out {other}"):
+        resolve({"method": "damic-topm", "clusters": 3, "phases": phases})

@@ -16,7 +16,7 @@ from distclust.mixture import terms
 from distclust.mixture.convolutional import ConvolutionalAutoencoder, augment
 from distclust.mixture.energies import CentroidEnergy, DissimilarityOptions, GaussianEnergy, StudentEnergy
 from distclust.mixture.experts import LowRankExperts
-from distclust.mixture.gates import LinearGate, TiedGate
+from distclust.mixture.gates import TiedGate
 from distclust.mixture.layers import LaneBatchNorm, Lanes
 from distclust.mixture.methods import METHODS
 from distclust.mixture.model import MixtureModel
@@ -89,24 +89,6 @@ def test_ae_cm_is_the_expected_distance_for_orthonormal_centroids(rows: Tensor) 
 def test_orthonormal_centroids_need_as_many_directions() -> None:
     with pytest.raises(ValueError, match="set model.code_size to at least 4"):
         model_of("ae-cm", code_size=3)
-
-
-def test_pinv_gate_gives_one_on_the_own_centroid_and_zero_elsewhere() -> None:
-    gate = LinearGate(J, K)
-    centroids = torch.randn(K, J)
-    gate.start_from(centroids)
-    torch.testing.assert_close(gate.layer(centroids), torch.eye(K), atol=1e-5, rtol=0)
-
-
-def test_e_step_gate_is_the_posterior_of_an_isotropic_mixture_and_labels_as_k_means() -> None:
-    gate = LinearGate(J, K).double()
-    centroids, z = torch.randn(K, J, dtype=torch.float64), torch.randn(B, J, dtype=torch.float64)
-    gate.start_at_e_step(centroids)
-    squared = torch.cdist(z, centroids).square()
-    among = torch.cdist(centroids, centroids).square()
-    b = 10.0 / among[~torch.eye(K, dtype=torch.bool)].mean()
-    torch.testing.assert_close(gate.log_p(z), torch.log_softmax(-b * squared, dim=1))
-    assert torch.equal(gate.log_p(z).argmax(1), squared.argmin(1))
 
 
 # ---- terms of global means: the value, and the exact gradient without a collective
@@ -385,10 +367,8 @@ def test_a_sharpened_teacher_is_self_training_where_the_experts_say_nothing() ->
     model = model_of("damic-sharp")
     for tau in (0.2, 1e9):
         model.tau.fill_(tau)
-        taught = torch.autograd.grad(
-            value("lse_clean_teacher", scene_of(model, view, gate_usage=f)).sum(),
-            view.log_p,  # type: ignore[arg-type]
-        )[0]
+        loss = value("lse_clean_teacher", scene_of(model, view, gate_usage=f)).sum()
+        taught = torch.autograd.grad(loss, view.log_p)[0]  # type: ignore[arg-type]
         assert view.energies is not None
         t = (log_p - view.energies / tau).exp().square() / f
         torch.testing.assert_close(taught / -tau, t / t.sum(1, keepdim=True))

@@ -176,17 +176,21 @@ def test_losses_fall_in_every_phase_on_sparse_and_dense_rows(tmp_path: Path, met
     model: dict[str, Any] = (
         {"alpha": 5.0} if row.gate == "tied" else {"gate_dropout": 0.0, "tau_spread": None}
     )
+    if row.settings.sharpen != 1.0:
+        model |= {"sharpen": 1.0, "balance": 0.0}
+    # a gate that starts at the optimum of all but the usage prior has less to gain than the noise of a prior
+    # over few rows, so a step has them all
+    whole = any("e_step_gate" in p.begin for p in row.phases)
+    order = {"order": {"lanes": 6, "rows_per_lane": 14, "window": 2}} if whole else {}
     hooks = Losses()
-    trainer(runs.tiny_config(method, phases=phases, model=model), corpus, tmp_path, hooks).run()
+    trainer(runs.tiny_config(method, phases=phases, model=model, **order), corpus, tmp_path, hooks).run()
     for phase in phases:
         losses = [m["loss"] for _, name, m in hooks.lines if name == phase]
         assert all(math.isfinite(value) for value in losses), phase
-        if (row.aggregator == "TARGET" or row.settings.sharpen != 1.0) and phase == "joint":
+        if row.aggregator == "TARGET" and phase == "joint":
             continue  # the target moves with the gate, and the distance to it may grow
         epoch = len(losses) // 8
-        # a gate that starts at the E-step of k-means starts at the optimum of all but the usage prior
-        most = 1.15 if any("e_step_gate" in p.begin for p in row.phases) else 1.0
-        assert sum(losses[-epoch:]) < most * sum(losses[:epoch]), (phase, losses)
+        assert sum(losses[-epoch:]) < sum(losses[:epoch]), (phase, losses)
 
 
 def test_sparse_and_dense_rows_train_alike(tmp_path: Path) -> None:
