@@ -99,8 +99,8 @@ class Method:
         likelihood = AGGREGATOR_TERMS["LSE"]
         if self.gate != "network" or not self.terms & likelihood:
             raise ValueError(
-                f"{found}, and leaving experts out is for the likelihood of a mixture with a gate network; use "
-                "damic-topm, or leave it at 0"
+                f"{found}, and leaving experts out is for the likelihood of a mixture with a gate network; "
+                "use damic-topm, or leave it at 0"
             )
         for phase in self.phases:
             used = {name for name, _ in phase.terms if "energies" in TERMS[name].needs}

@@ -15,6 +15,7 @@ from corpora import make_corpus
 from distclust.config import resolve
 from distclust.corpus.shards import Corpus
 from distclust.errors import ConfigError
+from distclust.mixture.diagnostics import diagnostics
 from distclust.mixture.experts import AutoencoderExperts
 from distclust.mixture.methods import METHODS
 from distclust.mixture.model import MixtureModel
@@ -173,6 +174,26 @@ def test_the_work_follows_the_pairs_and_not_the_number_of_experts() -> None:
     assert counts["some", 100] == counts["some", 10]
     assert counts["all", 100] == 10 * counts["all", 10]
     assert counts["all", 10] > 8 * counts["some", 10]  # the backward of some makes their residuals again
+
+
+@pytest.mark.parametrize("threshold", [1e-30, 0.999])
+def test_sums_for_the_log_are_those_of_all_experts(threshold: float) -> None:
+    x, model = sparse_rows(torch.float64), small_model("damic-topm", expert_threshold=threshold, tau=3.0)
+    scene = scene_of(model, x, "joint")
+    sums = diagnostics(scene, 0)
+    assert scene.view.log_p is not None
+    log_p, energies = scene.view.log_p, model.energies(x, None)
+    asked = asked_by(log_p, threshold)
+    best = torch.zeros_like(asked).scatter_(1, energies.argmin(1, keepdim=True), True)
+    w = (log_p - energies / 3.0).argmax(1, keepdim=True)
+    assert int(sums["topm/experts_asked"]) == int(asked.sum())
+    assert int(sums["topm_checked/rows"]) == B
+    assert int(sums["topm_checked/best_left_out"]) == int((best & ~asked).sum())
+    assert int(sums["topm_checked/most_responsible_left_out"]) == B - int(asked.gather(1, w).sum())
+    some = torch.where(asked, energies, torch.full_like(energies, LEFT_OUT))
+    error = (lse(log_p, some, 3.0) - lse(log_p, energies, 3.0)).sum()
+    torch.testing.assert_close(sums["topm_checked/exact_error"], error, atol=1e-9, rtol=1e-6)
+    assert bool(error > 0.1) == (threshold > 0.5)
 
 
 class Log(NoHooks):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import safetensors.torch
 import torch
@@ -22,6 +24,14 @@ def test_the_library_reads_what_was_written() -> None:
         assert found[name].shape == tensor.shape
         assert torch.equal(found[name], tensor)
     assert safetensors.torch.load(b"".join(safetensors_pieces({}))) == {}
+
+
+def test_each_tensor_is_aligned_to_its_own_width() -> None:
+    named = {"a": torch.ones(3, dtype=torch.int8), "b": torch.ones(3, dtype=torch.int16), "c": torch.ones(3)}
+    length, header = safetensors_pieces(named)[0][:8], safetensors_pieces(named)[0][8:]
+    assert int.from_bytes(length, "little") % 8 == 0
+    for name, entry in json.loads(bytes(header)).items():
+        assert entry["data_offsets"][0] % named[name].element_size() == 0
 
 
 def test_tensors_are_not_copied() -> None:
