@@ -14,7 +14,7 @@ demo: setup
 	@$(BIN)/distclust demo
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: setup
 	@$(BIN)/python -m pytest -m slow
