@@ -33,6 +33,7 @@ from distclust.errors import ConfigError
 from distclust.mixture.catalogue import ESTIMATORS, EstimatorConfig
 from distclust.mixture.imports import allow_modules, is_import_path
 from distclust.mixture.methods import METHODS, Method, ModelSettings, Phase, find_method
+from distclust.mixture.precision import Precision
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,9 @@ class RunConfig:
     """Settings of the method's slots."""
     phases: tuple[Phase, ...] = ()
     """The schedule."""
+    precision: Precision = "auto"
+    """Type of the products that lead to hidden layers, in a training step; all else is float32. auto:
+    bfloat16 on a GPU that has it, float32 elsewhere."""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     """Settings of scikit-learn's rows, such as k-means and gmm; of no use to the others."""
     initialise: InitialiseConfig = field(default_factory=InitialiseConfig)
@@ -194,7 +198,7 @@ class RunConfig:
         whole = to_dict(self)
         return {
             key: whole[key]
-            for key in ("method", "clusters", "seed", "order", "model", "phases", "initialise")
+            for key in ("method", "clusters", "seed", "order", "model", "phases", "precision", "initialise")
         }
 
 

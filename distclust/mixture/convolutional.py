@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from distclust.mixture.layers import ACTIVATIONS, LaneBatchNorm, Lanes, RowsLinear, uniform
 from distclust.mixture.noise import Noise
+from distclust.mixture.precision import MixedProducts
 from distclust.mixture.settings import ModelSettings
 from distclust.mixture.sparse import Rows, SparseRows
 
@@ -72,7 +74,7 @@ def _norm(kind: str, channels: int, lanes: Lanes | None) -> nn.Module:
     return nn.GroupNorm(1, channels) if kind == "layer" else nn.Identity()
 
 
-class ConvolutionalEncoder(nn.Module):
+class ConvolutionalEncoder(MixedProducts):
     """Convolutions and poolings over (C, H, W), then one linear layer; a kernel that spans its map is one.
 
     A fully convolutional encoder whose last convolution covers the whole map (Aljalbout et al.) is this.
@@ -104,8 +106,9 @@ class ConvolutionalEncoder(nn.Module):
             x = noise.dropout(f"{name}.input", x, dropout[0])
         h, layers = as_images(x, self._image), {}
         for i, shape in enumerate(self.shapes):
-            h = F.conv2d(h, self.weights[i], self.biases[i], stride=shape.stride, padding=shape.padding)
-            h = self._activation(self.norms[i](h))
+            with self.mixed():
+                h = F.conv2d(h, self.weights[i], self.biases[i], stride=shape.stride, padding=shape.padding)
+            h = self._activation(self.norms[i](h.to(self.weights[i].dtype)))
             if shape.pooling > 1:
                 h, layers[f"switch{i}"] = F.max_pool2d(h, shape.pooling, return_indices=True)
             if noise is not None and dropout[1]:
@@ -116,7 +119,7 @@ class ConvolutionalEncoder(nn.Module):
         return self.linear(h.flatten(1)), layers
 
 
-class ConvolutionalAutoencoder(nn.Module):
+class ConvolutionalAutoencoder(MixedProducts):
     """A convolutional encoder and its mirror: transposed convolutions, unpooling by the encoder's switches.
 
     Where the switches are not known (a decoder that starts from a centroid) a value goes to the first place
@@ -190,16 +193,18 @@ class ConvolutionalAutoencoder(nn.Module):
             if shape.pooling > 1:
                 switches = (layers or {}).get(f"switch{len(shapes) - 1 - i}")
                 h = _unpool(h, shape, switches)
-            h = F.conv_transpose2d(
-                h,
-                self.weights[i],
-                self.biases[i],
-                stride=shape.stride,
-                padding=shape.padding,
-                output_padding=shape.output_padding,
-            )
-            if i + 1 < len(shapes):
-                h = self._activation(self.norms[i + 1](h))
+            hidden = i + 1 < len(shapes)
+            with self.mixed() if hidden else nullcontext():
+                h = F.conv_transpose2d(
+                    h,
+                    self.weights[i],
+                    self.biases[i],
+                    stride=shape.stride,
+                    padding=shape.padding,
+                    output_padding=shape.output_padding,
+                )
+            if hidden:
+                h = self._activation(self.norms[i + 1](h.to(self.weights[i].dtype)))
             found.append(h)
         return found
 

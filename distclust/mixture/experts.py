@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distclust.mixture.convolutional import ConvolutionalAutoencoder
 from distclust.mixture.layers import ACTIVATIONS, uniform
+from distclust.mixture.precision import MixedProducts
 from distclust.mixture.routing import Routes, pair_errors
 from distclust.mixture.settings import ModelSettings
 from distclust.mixture.sparse import (
@@ -112,7 +113,7 @@ class LowRankExperts(ConstantExperts):
         return self.means.t() + torch.einsum("bkr,kdr->bkd", self._projections(x, basis), basis)
 
 
-class AutoencoderExperts(nn.Module):
+class AutoencoderExperts(MixedProducts):
     """K autoencoders D -> hidden -> J -> hidden -> D in input space, held as stacked weights.
 
     The first layers are one sparse product (D, K*H), the inner ones batched products, the last ones the exact
@@ -174,23 +175,29 @@ class AutoencoderExperts(nn.Module):
         if isinstance(pairs, SparseRows):
             first = routes.own_columns(pairs).matmul(self.in_weight.reshape(d * k, h1))
         else:
-            first = routes.times(pairs, self.in_weight.unbind(1))
+            with self.mixed():
+                first = routes.times(pairs, self.in_weight.unbind(1))
         h = self._activate(first + self.in_bias[routes.experts])  # (P, H)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            h = routes.times(h, weight.unbind(0)) + bias[routes.experts]
+            with self.mixed():
+                h = routes.times(h, weight.unbind(0))
+            h = h + bias[routes.experts]
             if i != self._code_layer:
                 h = self._activate(h)
         return pair_errors(pairs, h, self.out_weight, self.out_bias, routes.counts)
 
     def _first(self, x: Rows) -> Tensor:
         d, k, h1 = self.in_weight.shape
-        h = rows_times(x, self.in_weight.reshape(d, k * h1)).view(n_rows(x), k, h1) + self.in_bias
-        return self._activate(h)
+        with self.mixed():
+            h = rows_times(x, self.in_weight.reshape(d, k * h1))
+        return self._activate(h.view(n_rows(x), k, h1) + self.in_bias)
 
     def _inner(self, x: Rows, first: int, last: int, h: Tensor) -> Tensor:
         """Inner layers from `first` up to `last`, (B, K, H)."""
         for i in range(first, last):
-            h = torch.einsum("bkh,khj->bkj", h, self.weights[i]) + self.biases[i]
+            with self.mixed():
+                h = torch.einsum("bkh,khj->bkj", h, self.weights[i])
+            h = h + self.biases[i]
             if i != self._code_layer:
                 h = self._activate(h)
         return h

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distclust.mixture.noise import Noise
+from distclust.mixture.precision import MixedProducts
 from distclust.mixture.sparse import Rows, rows_times
 
 ACTIVATIONS = {
@@ -134,7 +135,7 @@ class RowsLinear(nn.Module):
         return rows_times(x, self.weight) + self.bias
 
 
-class MLP(nn.Module):
+class MLP(MixedProducts):
     """Layers `widths[0] -> ... -> widths[-1]`; every layer but the last is normalised and activated.
 
     Dropout is on the input (`input_dropout`) and after each hidden layer (`hidden_dropout`), only where a
@@ -162,7 +163,9 @@ class MLP(nn.Module):
             x = noise.dropout(f"{name}.input", x, self._input_dropout)
         found = [x]
         for i, norm in enumerate(self.norms):
-            x = self._activation(norm(self.layers[i](x)))
+            with self.mixed():
+                x = self.layers[i](x)
+            x = self._activation(norm(x))
             if noise is not None:
                 x = noise.dropout(f"{name}.hidden{i}", x, self._hidden_dropout)
             found.append(x)

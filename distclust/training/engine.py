@@ -29,6 +29,7 @@ from distclust.mixture.diagnostics import diagnostics, left_out_metrics
 from distclust.mixture.method import STARTS
 from distclust.mixture.model import MixtureModel
 from distclust.mixture.noise import Noise
+from distclust.mixture.precision import product_type, products_in
 from distclust.mixture.settings import Phase
 from distclust.mixture.sparse import Rows, SparseRows
 from distclust.mixture.statistics import STATISTICS, Statistic
@@ -124,12 +125,13 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model = MixtureModel(config.row, config.model, corpus.n_features, config.clusters)
         self.model.to(world.device)
+        self.product_type = product_type(config.precision, world.device)
         self.identity = config.identity() | {
             "corpus": corpus.manifest.fingerprint,
             "vocabulary": corpus.manifest.vocabulary_fingerprint or "",
         }
         self.position, self.totals, self.phase_checkpoints = Position(), {}, {}
-        self.sums = {}
+        self.sums, self.kept = {}, []
         self.bad = torch.zeros((), device=world.device)
         self._bad_before: _Flag | None = None
         self.average = WeightAverage()
@@ -140,6 +142,8 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train from wherever the newest checkpoint stands to the end."""
+        if self.product_type is not None and self.world.is_first:
+            log.info("products of hidden layers are in %s", str(self.product_type).removeprefix("torch."))
         optimizer_state = self.restore()
         for index in range(self.position.phase, len(self.phases)):
             phase = self.phases[index]
@@ -239,10 +243,11 @@ class Trainer:
         """One update. Nothing here waits for the device."""
         x = self.rows(batch)
         noise = self.noise(batch, self.position.global_step)
-        for statistic in self._statistics("before_step"):
-            self._collect(statistic, x, phase, noise)
         self.optimizer.zero_grad(set_to_none=True)
-        value, seen = loss(x, noise, phase, self.totals, batch.rows_in_step)
+        with products_in(self.model, self.product_type):
+            for statistic in self._statistics("before_step"):
+                self._collect(statistic, x, phase, noise)
+            value, seen = loss(x, noise, phase, self.totals, batch.rows_in_step)
         value.backward()
         self._mask_update(loss)
         self.optimizer.step()
