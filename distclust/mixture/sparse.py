@@ -209,11 +209,19 @@ def squared_error(x: Rows, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tens
     `hidden` (B, H), `weight` (D, H), `bias` (D,). For sparse x and a wide batch this is the exact Gram form:
     `||x||^2 - 2 x.y + ||y||^2` with `x.y` over the non-zeros and `||y||^2 = h'(W'W)h + 2 h'(W'b) + b'b`.
     """
-    if not isinstance(x, SparseRows):
-        return (x - torch.addmm(bias, hidden, weight.t())).square().sum(1)
-    if not gram_is_cheaper(x.n_rows, weight.shape[1], weight.shape[0]):
-        y = torch.addmm(bias, hidden, weight.t())  # (B, D)
-        return (x.to_dense() - y).square().sum(1)
+    if isinstance(x, SparseRows) and gram_is_cheaper(x.n_rows, weight.shape[1], weight.shape[0]):
+        return gram_error(x, hidden, weight, bias)
+    return dense_error(x, hidden, weight, bias)
+
+
+def dense_error(x: Rows, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`squared_error` with a (B, D) reconstruction."""
+    y = torch.addmm(bias, hidden, weight.t())  # (B, D)
+    return ((x.to_dense() if isinstance(x, SparseRows) else x) - y).square().sum(1)
+
+
+def gram_error(x: SparseRows, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`squared_error` by the Gram form."""
     xy = (x.matmul(weight) * hidden).sum(1) + x.dot(bias)
     yy = _SquaredLength.apply(hidden[None], weight[None], bias[None]).squeeze(0)
     return (x.square_norms() - 2.0 * xy + yy).clamp_min(0.0)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distclust.mixture.methods import METHODS
 from jobs import benchmark
 from jobs.benchmarks import clustpy_peer, compute, memory
+from jobs.benchmarks.gpu import Sizes, rows_on
 from jobs.benchmarks.measure import Row, batch, interleaved, paired_ratio, peak_memory, spread
 
 
@@ -46,6 +47,33 @@ def test_rows_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "matrix product peak, 1 thread" in said
     if not torch.cuda.is_available():
         assert "there is no GPU" in said
+
+
+def test_what_a_gpu_is_to_run_runs_on_a_cpu() -> None:
+    sizes = Sizes(
+        product=16,
+        terms=(300,),
+        batches=(64,),
+        rule_widths=(8, 500),
+        rule_batches=(64,),
+        experts=(2,),
+        repetitions=1,
+        rows=("dcn", "damic-text"),
+        documents=200,
+        clusters=2,
+        lanes=2,
+        rows_per_lane=50,
+    )
+    rows = {row.name: row for row in rows_on(torch.device("cpu"), sizes)}
+    assert all(row.ours is not None and row.ours > 0 for row in rows.values())
+    half = rows["step, 300 terms, batch 64, bfloat16"]
+    assert half.peer == rows["step, 300 terms, batch 64, float32"].ours
+    assert rows["last layer, 300 terms, width 8, batch 64"].note == "the rule takes Gram"
+    assert rows["last layer, 300 terms, width 500, batch 64"].note == "the rule takes dense"
+    assert rows["2 experts 300-256-10, batch 64"].peer_name == "a loop over autoencoders"
+    phases = [name.split(", ")[1] for name in rows if name.startswith("damic-text")]
+    assert phases == ["phase pretrain", "phase gate", "phase joint"]
+    assert "waiting 0." in rows["dcn, phase joint, 100 rows a step"].note
 
 
 def test_a_part_that_fails_does_not_take_the_others_along(
