@@ -36,7 +36,7 @@ def already_there(folder: Path, source: Source, options: dict[str, Any], overwri
     if lines and not overwrite:
         raise DataError(
             f"{folder} holds a corpus of other content; expected the same or none. It differs in: "
-            f"{'; '.join(lines)}. Choose another folder, or give overwrite to replace it."
+            f"{'; '.join(lines)}. Choose another folder, or replace it (distclust prepare --overwrite)."
         )
     if lines:
         return None

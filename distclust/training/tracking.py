@@ -12,10 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from distclust.errors import TrackingError
 from distclust.training.metric_sink import MAX_BATCH, PointQueue, PointRefusedError, RunGoneError
 from distclust.training.provenance import code_version, dataset_record
 from distclust.training.reach import limits, reach, sole_maker, sqlite_file
+from distclust.training.records import apply, last_steps, log_points
 from distclust.training.run_identity import begin, is_away, read_identity, unusable
 from distclust.training.spool import (
     MAX_TAG,
@@ -40,7 +39,6 @@ from distclust.training.spool import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
 
     from distclust.config import TrackingConfig
 
@@ -218,7 +216,7 @@ class Tracker:
         if self._client is not None and self.run_id is not None and time.monotonic() >= self._quiet_until:
             try:
                 with limits(timeout_s=120 if record["type"] in ("model", "artifacts") else 20, retries=1):
-                    return _apply(self._client, self.run_id, record)
+                    return apply(self._client, self.run_id, record)
             except Exception as error:
                 if is_away(error):
                     self._quiet_until = time.monotonic() + QUIET_S
@@ -344,144 +342,17 @@ class _RunServer:
             raise
         if run.info.lifecycle_stage != "active":
             raise RunGoneError(f"run {self._run_id} has been deleted")
-        return _last_steps(run)
+        return last_steps(run)
 
     def send(self, points: Sequence[MetricPoint]) -> None:
         assert self._client is not None
         try:
             with limits(timeout_s=20, retries=0):
-                _log_points(self._client, self._run_id, points)
+                log_points(self._client, self._run_id, points)
         except Exception as error:
             if getattr(error, "error_code", None) in _REFUSED_CODES:
                 raise PointRefusedError(str(error)) from error
             raise
-
-
-def _last_steps(run: Run) -> dict[str, int]:
-    """The highest step of each key: MLflow's latest metric is the one with the highest step."""
-    return {metric.key: int(metric.step) for metric in run.data.to_proto().metrics}
-
-
-def _log_points(client: MlflowClient, run_id: str, points: Sequence[MetricPoint]) -> None:
-    from mlflow.entities import Metric
-
-    metrics = [Metric(p.key, p.value, p.timestamp_ms, p.step) for p in points]
-    # synchronous: the environment may ask for another way, which acknowledges nothing
-    client.log_batch(run_id, metrics=metrics, synchronous=True)
-
-
-# ---- records, on their way to the server -------------------------------------------------------------------
-
-
-def _apply(client: MlflowClient, run_id: str, record: Mapping[str, Any]) -> Any:
-    """Do on the server what a record says; doing it twice does no harm."""
-    kind = record["type"]
-    if kind == "params":
-        _apply_params(client, run_id, record["params"])
-    elif kind == "tags":
-        _log_tags(client, run_id, record["tags"])
-    elif kind == "dataset":
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        dataset = Dataset(
-            **{key: record[key] for key in ("name", "digest", "source_type", "source", "schema", "profile")}
-        )
-        client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
-    elif kind == "final":
-        run = client.get_run(run_id)
-        steps = _last_steps(run)
-        values = {key: float(value) for key, value in record["metrics"].items()}
-        points = [
-            MetricPoint(key, value, steps.get(key, -1) + 1, record["timestamp_ms"])
-            for key, value in values.items()
-            if key not in steps or not _same(run.data.metrics[key], value)
-        ]
-        for start in range(0, len(points), MAX_BATCH):
-            _log_points(client, run_id, points[start : start + MAX_BATCH])
-    elif kind == "artifacts":
-        log = client.log_artifacts if Path(record["path"]).is_dir() else client.log_artifact
-        log(run_id, record["path"], record["artifact_path"])
-    elif kind == "model":
-        return _apply_model(client, run_id, record)
-    elif kind == "status":
-        client.set_terminated(run_id, record["status"], record["end_ms"])
-    return None
-
-
-def _apply_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
-    from mlflow.entities import Param
-
-    there = client.get_run(run_id).data.params
-    new = [Param(key, value) for key, value in params.items() if key not in there]
-    for start in range(0, len(new), 100):
-        client.log_batch(run_id, params=new[start : start + 100], synchronous=True)
-    # MLflow's parameters cannot change; a run resumed on more workers says so in a tag
-    _log_tags(
-        client, run_id, {clean_key(f"resumed.{k}"): v for k, v in params.items() if there.get(k, v) != v}
-    )
-
-
-def _log_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
-
-    items = [RunTag(key, shorten(value, MAX_TAG)) for key, value in tags.items()]
-    for start in range(0, len(items), 100):
-        client.log_batch(run_id, tags=items[start : start + 100], synchronous=True)
-
-
-def _apply_model(client: MlflowClient, run_id: str, record: Mapping[str, Any]) -> str:
-    from mlflow.models import Model
-
-    folder = Path(record["path"])
-    described = Model.load(str(folder))
-    if described.run_id == run_id and described.model_id:  # an earlier attempt brought it there
-        model_id = described.model_id
-    else:
-        model_id = _upload_model(client, run_id, folder, record["name"])
-    if record["register_as"]:
-        _register(client, run_id, model_id, record["register_as"], record["alias"])
-    return f"models:/{model_id}"
-
-
-def _upload_model(client: MlflowClient, run_id: str, folder: Path, name: str) -> str:
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.models import Model
-
-    experiment_id = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment_id, name, source_run_id=run_id, model_type="distclust")
-    try:
-        described = Model.load(str(folder))
-        described.run_id, described.model_id, described.model_uuid = run_id, logged.model_id, logged.model_id
-        described.artifact_path = logged.artifact_location
-        with tempfile.TemporaryDirectory() as scratch:
-            # the folder's own MLmodel is written last: it says that the upload is whole
-            described.save(str(Path(scratch) / "MLmodel"))
-            client.log_model_artifacts(logged.model_id, str(folder))
-            client.log_model_artifacts(logged.model_id, scratch)
-            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-            client.finalize_logged_model(logged.model_id, "READY")
-            os.replace(shutil.copy(Path(scratch) / "MLmodel", folder / "MLmodel.tmp"), folder / "MLmodel")
-    except Exception:
-        client.finalize_logged_model(logged.model_id, "FAILED")
-        raise
-    return str(logged.model_id)
-
-
-def _register(client: MlflowClient, run_id: str, model_id: str, name: str, alias: str | None) -> None:
-    try:
-        client.create_registered_model(name)
-    except Exception as error:
-        if getattr(error, "error_code", None) not in ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS"):
-            raise
-    # without a server in between, MLflow looks models:/... up in the process's default store, not in ours
-    remote = client.tracking_uri.startswith(("http", "databricks"))
-    source = f"models:/{model_id}" if remote else client.get_logged_model(model_id).artifact_location
-    there = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    version = next((version for version in there if version.source == source), None)
-    if version is None:
-        version = client.create_model_version(name, source, run_id, model_id=model_id)
-    if alias:
-        client.set_registered_model_alias(name, alias, version.version)
 
 
 def _replay_into(client: MlflowClient, run_id: str, spool: Spool) -> None:
@@ -499,21 +370,14 @@ def _replay_into(client: MlflowClient, run_id: str, spool: Spool) -> None:
     }
     missing = [point for place, point in points.items() if place not in there]
     for start in range(0, len(missing), MAX_BATCH):
-        _log_points(client, run_id, missing[start : start + MAX_BATCH])
+        log_points(client, run_id, missing[start : start + MAX_BATCH])
     for record in spool.records():
         if "path" in record and not Path(record["path"]).exists():
             logger.warning("%s is gone; the run goes without it", record["path"])
         else:
-            _apply(client, run_id, record)
+            apply(client, run_id, record)
     spool.remove()
 
 
 def _now_ms() -> int:
     return int(time.time() * 1000)
-
-
-def _same(stored: float, value: float) -> bool:
-    """Whether the server's value is this one; it keeps an infinity as the largest number."""
-    if math.isnan(stored) or math.isnan(value):
-        return math.isnan(stored) and math.isnan(value)
-    return stored == max(-sys.float_info.max, min(sys.float_info.max, value))
