@@ -1,10 +1,11 @@
-"""A real `mlflow server` for tests."""
+"""A real `mlflow server` for tests, what MLflow's table holds, and the file for what it did not get."""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+
+SPOOL = "metrics-unsent.jsonl"
 
 
 def free_port() -> int:
@@ -25,6 +28,18 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+def steps(database: Path, run_id: str) -> dict[str, list[int]]:
+    """Every (key, step) row of a run, straight from MLflow's table."""
+    with closing(sqlite3.connect(database)) as db:
+        rows = db.execute(
+            "select key, step from metrics where run_uuid = ? order by step", (run_id,)
+        ).fetchall()
+    found: dict[str, list[int]] = {}
+    for key, step in rows:
+        found.setdefault(key, []).append(step)
+    return found
 
 
 class MlflowServer:
