@@ -357,7 +357,7 @@ def estimate(
         machine = Machine(devices=gpus, network=speed) if gpus else Machine.cpu(workers, speed)
         if teraflops is not None:
             machine = replace(machine, flops=teraflops * 1e12)
-        found = on_paper(config, int(documents), machine, nonzeros=nonzeros, terms=terms)
+        found = on_paper(config, _whole(documents, "--documents"), machine, nonzeros=nonzeros, terms=terms)
         if as_json:
             phases = [asdict(p) | {"binds": p.binds} for p in found.phases]
             data = asdict(found) | {"phases": phases, "seconds": found.seconds}
@@ -388,7 +388,9 @@ def generate(
     with reporting_errors(debug):
         from distclust.corpus.generate import GenerateConfig, generate_corpus
 
-        config = GenerateConfig(rows=int(documents), terms=terms, topics=topics, nonzeros=nonzeros, seed=seed)
+        config = GenerateConfig(
+            rows=_whole(documents, "--documents"), terms=terms, topics=topics, nonzeros=nonzeros, seed=seed
+        )
         manifest = generate_corpus(folder, config, workers=workers)
         out.print(f"{manifest.n_rows:,} documents of {terms:,} terms are in {folder}.", highlight=False)
 
@@ -414,9 +416,22 @@ def replay(
 # ---- what commands share
 
 
+def _whole(number: float, option: str) -> int:
+    """A count that was given as 10e6."""
+    if not number.is_integer():
+        raise ConfigError(f"{option} is {number}; expected a whole number, such as 10e6")
+    return int(number)
+
+
 def _train(config: Any, folder: Path, corpus: str | None, baselines: bool) -> None:
     from distclust.run import is_finished, train_run
 
+    if corpus is not None and "://" not in corpus and not (Path(corpus) / "manifest.json").exists():
+        raise ConfigError(
+            f"--corpus is {corpus}, where there is no prepared corpus; expected a folder with a "
+            "manifest.json: correct the path, make one (distclust prepare RECIPE --out FOLDER), or leave "
+            "--corpus out"
+        )
     start, before = time.monotonic(), is_finished(folder)
     with display() as listener:
         summary = train_run(config, folder, corpus_root=corpus, listener=listener, baselines=baselines)

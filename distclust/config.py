@@ -8,6 +8,7 @@ run.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -95,6 +96,14 @@ class ClusterConfig:
                 f"cluster.workers is {self.workers}; expected a number, or [least, most] with "
                 "1 <= least <= most"
             )
+        limits = {"cpus_per_worker": 1, "gpus_per_worker": 0, "max_failures": 0}
+        for name, low in limits.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"cluster.{name} is {getattr(self, name)}; expected at least {low}")
+        for name in ("memory_per_worker_gb", "start_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"cluster.{name} is {value}; expected a number above 0")
 
     @property
     def worker_range(self) -> tuple[int, int]:
@@ -248,7 +257,12 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"no recipe file {path}; packaged recipes: {', '.join(recipe_names())}")
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"recipe {path} cannot be read ({error}); expected YAML as UTF-8 text: save it so"
+            ) from error
     elif str(recipe) in recipe_names():
         text = (resources.files("distclust") / "recipes" / f"{recipe}.yaml").read_text()
     else:
@@ -267,7 +281,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
 
 def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The data with each `a.b=value` put in; values are read as YAML."""
-    result: dict[str, Any] = json.loads(json.dumps(data))
+    result: dict[str, Any] = copy.deepcopy(dict(data))
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator or not key:
@@ -354,7 +368,13 @@ def _merge_phases(row: Method, changes: Mapping[str, Any]) -> list[dict[str, Any
     for phase in row.phases:
         whole = to_dict(phase)
         change = dict(changes.get(phase.name) or {})
-        optimizer = whole["optimizer"] | dict(change.pop("optimizer", {}) or {})
+        given = change.pop("optimizer", None) or {}
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"phases.{phase.name}.optimizer is {given!r}; expected keys and values, such as "
+                f"phases.{phase.name}.optimizer.learning_rate=1e-3"
+            )
+        optimizer = whole["optimizer"] | dict(given)
         merged.append(whole | change | {"optimizer": optimizer})
     return merged
 
@@ -364,7 +384,9 @@ def _parse(data: Mapping[str, Any]) -> RunConfig:
 
     try:
         # JSON in strict mode: lists become tuples, whole numbers become floats, and nothing else is converted
-        config: RunConfig = pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(data), strict=True)
+        config: RunConfig = pydantic.TypeAdapter(RunConfig).validate_json(
+            json.dumps(data, default=str), strict=True
+        )
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
     except (ValueError, TypeError) as error:

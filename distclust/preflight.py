@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from distclust.config import RunConfig, TrackingConfig, to_dict
+import torch
+
+from distclust.config import ClusterConfig, RunConfig, TrackingConfig, to_dict
 from distclust.corpus.shards import Corpus, Manifest
-from distclust.errors import DataError, TrackingError
+from distclust.corpus.sources import open_source
+from distclust.errors import ConfigError, DataError, TrackingError
 from distclust.training.checkpoint import differences
 from distclust.training.reach import reach, sqlite_file
 from distclust.training.run_identity import unusable
@@ -34,9 +37,13 @@ def check_tracking(tracking: TrackingConfig, run_dir: Path) -> None:
 def check_prepared(manifest: Manifest, config: RunConfig, where: str) -> None:
     """Refuse a corpus behind a URL, which cannot be prepared again there, if it was prepared otherwise.
 
+    A generated corpus has no documents that a recipe could name: it is taken as it is.
+
     Raises:
         DataError: the differences are listed.
     """
+    if is_generated(manifest):
+        return
     asked = {group: to_dict(getattr(config, group)) for group in ("source", "vocabulary", "shards")}
     unlike = differences({group: manifest.options.get(group) or {} for group in asked}, asked)
     if unlike:
@@ -44,6 +51,43 @@ def check_prepared(manifest: Manifest, config: RunConfig, where: str) -> None:
         raise DataError(
             f"the corpus {where} was prepared otherwise: {listed}. Expected the same source, vocabulary and "
             "shards. Give those, or prepare another corpus"
+        )
+
+
+def is_generated(manifest: Manifest) -> bool:
+    """Whether the corpus was made up (`distclust generate`)."""
+    return "generated" in manifest.options
+
+
+def check_device(cluster: ClusterConfig) -> None:
+    """Refuse a GPU for a run in this process where there is none; with workers, Ray counts them.
+
+    Raises:
+        ConfigError: it would fail after the documents are prepared.
+    """
+    if cluster.gpus_per_worker and not cluster.worker_range[1] and not torch.cuda.is_available():
+        raise ConfigError(
+            f"cluster.gpus_per_worker is {cluster.gpus_per_worker} with cluster.workers=0, and torch sees no "
+            "GPU here; expected one: set cluster.gpus_per_worker=0, or give workers on a cluster with GPUs"
+        )
+
+
+def check_unchanged(config: RunConfig, corpus_root: str) -> None:
+    """Refuse a finished run whose documents have changed since; nothing is said of what is gone.
+
+    Raises:
+        DataError: the run has to be made anew, in another folder.
+    """
+    try:
+        manifest = Manifest.load(corpus_root)
+        found = None if is_generated(manifest) else open_source(config.source).fingerprint
+    except (DataError, ConfigError):
+        return
+    if found is not None and found != manifest.source_fingerprint:
+        raise DataError(
+            f"the documents are no longer those of this finished run (their fingerprint is {found[:12]}, "
+            f"that of {corpus_root} {manifest.source_fingerprint[:12]}); expected the same: give another run "
+            "folder to cluster the new ones, or `distclust assign` them"
         )
 
 

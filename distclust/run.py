@@ -24,13 +24,20 @@ from numpy.typing import NDArray
 from distclust.config import ClusterConfig, RunConfig, to_dict
 from distclust.corpus.cache import is_url
 from distclust.corpus.prepare import prepare, prepare_local
-from distclust.corpus.shards import Corpus, Manifest
+from distclust.corpus.shards import MANIFEST, Corpus, Manifest
 from distclust.corpus.sources import SourceConfig
 from distclust.corpus.vocabulary import VOCABULARY_FILE, Vocabulary
 from distclust.errors import DataError
 from distclust.mixture.catalogue import ESTIMATORS
 from distclust.mixture.model import MixtureModel
-from distclust.preflight import check_distinct, check_prepared, check_tracking
+from distclust.preflight import (
+    check_device,
+    check_distinct,
+    check_prepared,
+    check_tracking,
+    check_unchanged,
+    is_generated,
+)
 from distclust.progress import SILENT, Listener, PhaseWatch, timed
 from distclust.results.assign import AssignConfig, assign_corpus, assign_documents
 from distclust.results.assignment import Assignment
@@ -189,8 +196,10 @@ def train_run(
         DistclustError: whatever ends the training; see `training.cluster.run_training`.
     """
     folder, start = Path(run_dir), time.monotonic()
+    check_device(config.cluster)
     with _terminating(), hold(folder):
         if check_same_run(folder, config) and is_finished(folder):
+            check_unchanged(config, str(corpus_root if corpus_root is not None else folder / "corpus"))
             log.info("%s is finished; nothing to do", folder)
             return read_json(folder / SUMMARY)
         with _ray(config.cluster), _terminating():  # once more: Ray puts handlers of its own in place
@@ -260,8 +269,10 @@ class _Job:
         """The corpus, and the checks that need it; from here on the folder belongs to this configuration."""
         self.listener.stage("prepare")
         with timed(lambda s: self.done.add_seconds("prepare", s)):
-            if is_url(str(self.corpus_root)):
-                check_prepared(Manifest.load(self.corpus_root), self.config, str(self.corpus_root))
+            root = str(self.corpus_root)
+            there = is_url(root) or (Path(root) / MANIFEST).exists()
+            if there and (is_url(root) or is_generated(Manifest.load(root))):
+                check_prepared(Manifest.load(root), self.config, root)
             else:
                 prepare_run(self.config, self.corpus_root, listener=self.listener)
             self.corpus = Corpus.open(self.corpus_root, cache_config=self.config.cache)

@@ -13,6 +13,8 @@ from distclust.corpus.rows import conform
 from distclust.errors import DataError
 
 TITLE_LENGTH = 120
+MAX_COUNTED = 1 << 27
+"""Columns of counts at most: 1 GB a process, 8 bytes for each."""
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -79,19 +81,21 @@ def canonical(columns: pa.RecordBatch, layout: Layout, where: str) -> pa.Table:
     for name in ("indices", "values"):
         if pa.types.is_null(out[name].type) or pa.types.is_null(out[name].type.value_type):
             out[name] = out[name].cast(pa.list_(pa.int32()))
-    _check_range(out["indices"], where)
+    _check_range(out["indices"], layout, where)
     return _without_zeros(
         conform(pa.table(out), "sparse", layout.n_features, where), layout.values_are, where
     )
 
 
-def _check_range(column: pa.Array, where: str) -> None:
-    """Refuse column numbers beyond 32 bits, which could not even be compared with the number of columns."""
+def _check_range(column: pa.Array, layout: Layout, where: str) -> None:
+    """Refuse column numbers beyond 32 bits, which could not even be compared with the number of columns; and
+    of counts, whose columns are added up in memory, what would not fit there."""
+    limit = 2**31 if layout.values_are == "weights" else MAX_COUNTED
     low, high = pc.min_max(column.flatten()).as_py().values()
-    if high is not None and not -(2**31) <= low <= high < 2**31:
-        found = high if high >= 2**31 else low
+    if high is not None and not -(2**31) <= low <= high < limit:
+        found = high if high >= limit else low
         raise DataError(
-            f"{where}: a row has index {found}; expected 0 to {2**31 - 1}; number the columns from 0."
+            f"{where}: a row has index {found}; expected 0 to {limit - 1}; number the columns from 0."
         )
 
 
@@ -117,7 +121,8 @@ def _labels(column: pa.Array | None, rows: int, among: tuple[str, ...] | None) -
     if pa.types.is_floating(values.type):  # what a table of whole numbers with gaps often became
         numbers = values.to_numpy(zero_copy_only=False)
         values = pa.array(
-            [None if x != x else str(int(x)) if x == int(x) else str(x) for x in numbers], pa.string()
+            [None if x != x else f"{x:.0f}" if x.is_integer() else str(x) for x in numbers.tolist()],
+            pa.string(),
         )
     values = values.cast(pa.string())
     good = pc.and_(values.is_valid(), pc.not_equal(values, "")).fill_null(False)
@@ -144,6 +149,8 @@ def _titles(texts: pa.Array, first_line: bool, mail: bool) -> pa.Array:
 def _fixed(column: pa.Array, width: int | None, name: str, where: str) -> pa.Array:
     if pa.types.is_fixed_size_list(column.type):
         return column
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.list_(pa.float32()))
     lengths = pc.list_value_length(column).fill_null(-1).to_numpy(zero_copy_only=False)
     width = int(lengths[0]) if width is None else width
     if width < 1 or (lengths != width).any():

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import sparse
 
-from distclust.corpus.readers import is_url
+from distclust.corpus.files import is_url
 from distclust.corpus.shards import RowCounts, shard_name, write_shard
 from distclust.corpus.sources import Source
 from distclust.corpus.vocabulary import (

@@ -5,19 +5,21 @@ Where a file is cut depends on the file alone, never on the machine that reads i
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
+import lzma
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from distclust.corpus import synthetic
+from distclust.corpus.arrays import Arrays, load_made, load_npz
+from distclust.corpus.files import open_binary, unreadable
 from distclust.errors import DataError
 
 BLOCK_ROWS = 2048
@@ -29,6 +31,8 @@ SPLIT_BYTES = 16 << 20
 # A row group is decoded from its start for each piece of it, so it is cut into few.
 _PIECES_OF_ROW_GROUP = 4
 _SAMPLE_LINES = 100
+# What libraries raise for a file that breaks off or is damaged; pyarrow's own errors are ValueErrors.
+_BROKEN = (OSError, ValueError, KeyError, EOFError, zlib.error, lzma.LZMAError)
 FORMATS = {
     ".parquet": "parquet",
     ".pq": "parquet",
@@ -45,7 +49,6 @@ MADE = "made"
 """The format of sets that are computed: their path is an address of `synthetic`."""
 IMAGE = b"image"
 """Key in a schema's metadata: channels, height and width of rows that are images, as ``1,28,28``."""
-_CHANNELS = 4
 
 
 class Split(NamedTuple):
@@ -73,32 +76,19 @@ class Block(NamedTuple):
     """Row of the file (or of the piece, where ``Split.first_row`` is -1) of the first one."""
 
 
-def unreadable(path: str, format_: str, error: Exception) -> DataError:
-    """The error for a file that breaks off or is not what its name says."""
-    return DataError(
-        f"{path} cannot be read as {format_} "
-        f"({str(error).strip().splitlines()[0] if str(error) else repr(error)}); expected a whole file: it "
-        "may be truncated, still being written, or of another format; write it again or set source.format."
-    )
-
-
-def is_url(path: str) -> bool:
-    """Whether the path is for fsspec and not for the local file system."""
-    return "://" in path
-
-
 def is_made(path: str) -> bool:
     """Whether the path is the address of a set that is computed."""
     return path.startswith(synthetic.SCHEME)
 
 
-def open_binary(path: str, compression: str | None = None) -> IO[bytes]:
-    """Open a path or URL for reading bytes."""
-    return fsspec.open(path, "rb", compression=compression).open()
+def schema_of(path: str, format_: str, named: Sequence[str] = ()) -> pa.Schema:
+    """Column names and types; those of CSV are all text, those of JSONL are guessed from some of its lines.
 
-
-def schema_of(path: str, format_: str) -> pa.Schema:
-    """Column names and types; those of JSONL are guessed from its first lines, those of CSV are all text.
+    Args:
+        path: of the file.
+        format_: one of the values of `FORMATS`.
+        named: columns that somebody asked for: in JSONL, whose lines may leave one out, they are looked for
+            to the end of the file, others in its first 16 MB.
 
     Raises:
         DataError: the file cannot be read.
@@ -120,12 +110,10 @@ def schema_of(path: str, format_: str) -> pa.Schema:
             if arrays.image is None:
                 return schema
             return schema.with_metadata({IMAGE: ",".join(map(str, arrays.image)).encode()})
-        with open_binary(path, "infer") as file:
-            lines = itertools.islice(_json_lines(file, path, 0, -1), _SAMPLE_LINES)
-            return _batch_of_records([record for record, _ in lines], None, path).schema
+        return _batch_of_records(_json_sample(path, named), None, path).schema
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, EOFError) as error:  # pyarrow's errors are ValueErrors
+    except _BROKEN as error:
         raise unreadable(path, format_, error) from error
 
 
@@ -152,7 +140,7 @@ def plan(path: str, format_: str, limit: int | None = None) -> tuple[list[Split]
         rows = _arrow_rows(path) if format_ == "arrow" else _ARRAYS[format_](path).n_rows
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except _BROKEN as error:
         raise unreadable(path, format_, error) from error
     rows = rows if limit is None else min(rows, limit)
     return [Split(path, format_, 0, a, b, a) for a, b in _ranges(rows, -(-rows // SPLIT_ROWS))], rows
@@ -176,7 +164,7 @@ def read(split: Split, columns: Sequence[str]) -> Iterator[Block]:
         yield from readers[split.format](split, list(columns))
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except _BROKEN as error:
         raise unreadable(split.path, split.format, error) from error
 
 
@@ -300,7 +288,7 @@ def _json_lines(file: IO[bytes], path: str, start: int, stop: int) -> Iterator[t
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path}: the line before byte {at} is not JSON ({error}); expected one JSON object a line; "
                 "mend or drop the line."
@@ -312,6 +300,20 @@ def _json_lines(file: IO[bytes], path: str, start: int, stop: int) -> Iterator[t
                 'such as {"text": ...}; write it so.'
             )
         yield record, at
+
+
+def _json_sample(path: str, named: Sequence[str]) -> list[dict[str, Any]]:
+    """The first records, and of those behind them what has a column that none before it had."""
+    sample: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    with open_binary(path, "infer") as file:
+        for number, (record, at) in enumerate(_json_lines(file, path, 0, -1)):
+            if number < _SAMPLE_LINES or not record.keys() <= seen:
+                sample.append(record)
+                seen |= record.keys()
+            if number >= _SAMPLE_LINES and at > SPLIT_BYTES and seen.issuperset(named):
+                break
+    return sample
 
 
 def _plan_jsonl(path: str, limit: int | None) -> tuple[list[Split], int | None]:
@@ -361,99 +363,6 @@ def _read_jsonl(split: Split, columns: list[str]) -> Iterator[Block]:
 
 
 # ---- NumPy archives, and rows that are made
-
-
-class Arrays(NamedTuple):
-    """The content of an ``.npz`` file: a CSR matrix, or a dense array, perhaps with labels."""
-
-    csr: tuple[np.ndarray, np.ndarray, np.ndarray] | None
-    """indptr, indices, data."""
-    dense: np.ndarray | None
-    """(n, D)"""
-    labels: np.ndarray | None
-    """(n,)"""
-    n_rows: int
-    n_features: int
-    image: tuple[int, int, int] | None = None
-    """Channels, height and width, where the dense rows are images."""
-
-
-@functools.lru_cache(maxsize=1)
-def load_npz(path: str) -> Arrays:
-    """Read what ``scipy.sparse.save_npz`` wrote, or arrays ``x`` and ``y`` (or x_train, x_test, y_train,
-    y_test, the training rows first).
-
-    ``x`` may be rows (n, D), or images (n, H, W) or (n, H, W, C), which become rows in the order of channel,
-    line and column: value (c, h, w) is number (c H + h) W + w of its row.
-
-    Raises:
-        DataError: it holds neither.
-    """
-    try:
-        with open_binary(path) as file:
-            found = np.load(file, allow_pickle=False)
-            arrays = {name: found[name] for name in found.files}
-    except Exception as error:  # zipfile, zlib, struct and numpy each have their own
-        raise unreadable(path, "npz", error) from error
-    if {"indptr", "indices", "data", "shape"} <= set(arrays):
-        kind = arrays.get("format", np.array(b"csr")).item()
-        kind = kind.decode() if isinstance(kind, bytes) else kind
-        if kind != "csr":
-            raise DataError(
-                f"{path} holds a sparse matrix of format {kind!r}; expected csr; save it with "
-                "scipy.sparse.save_npz(path, matrix.tocsr())."
-            )
-        n_rows, n_features = (int(size) for size in arrays["shape"])
-        indptr, nnz = arrays["indptr"], len(arrays["indices"])
-        if (
-            len(indptr) != n_rows + 1
-            or nnz != len(arrays["data"])
-            or indptr[0] != 0
-            or indptr[-1] != nnz
-            or (np.any(np.diff(indptr) < 0))
-        ):
-            raise DataError(
-                f"{path}: indptr, indices and data do not fit together ({len(indptr)} row bounds for "
-                f"{n_rows} rows, {nnz} indices, {len(arrays['data'])} values); expected a valid CSR matrix; "
-                "save it again."
-            )
-        return Arrays((indptr, arrays["indices"], arrays["data"]), None, arrays.get("y"), n_rows, n_features)
-    names = ("x", "y") if "x" in arrays else ("X", "y")
-    if names[0] not in arrays and {"x_train", "x_test"} <= set(arrays):
-        arrays["X"] = np.concatenate([arrays["x_train"], arrays["x_test"]])
-        if {"y_train", "y_test"} <= set(arrays):
-            arrays["y"] = np.concatenate([arrays["y_train"], arrays["y_test"]])
-    x, y = arrays.get(names[0]), arrays.get("y")
-    if x is None or x.ndim < 2 or x.dtype.kind not in "fiub":
-        found_text = ", ".join(f"{k} {v.shape} {v.dtype}" for k, v in sorted(arrays.items()))
-        raise DataError(
-            f"{path} holds {found_text or 'nothing'}; expected a CSR matrix saved by scipy.sparse.save_npz, "
-            "or an array x of numbers (n, ...) with labels y (n,) if there are any; save it so."
-        )
-    if y is not None and y.shape != (len(x),):
-        raise DataError(
-            f"{path}: y has shape {y.shape}; expected ({len(x)},), one label for each row of x; mend y."
-        )
-    image = None
-    if x.ndim == 4:
-        if x.shape[3] > _CHANNELS >= x.shape[1]:
-            raise DataError(
-                f"{path}: x has shape {x.shape}, which looks like images with their channels first; expected "
-                "(n, height, width, channels); move the axis with numpy.moveaxis(x, 1, -1)."
-            )
-        x = np.moveaxis(x, 3, 1)
-        image = (x.shape[1], x.shape[2], x.shape[3])
-    elif x.ndim == 3:
-        image = (1, x.shape[1], x.shape[2])
-    x = x.reshape(len(x), int(np.prod(x.shape[1:])))
-    return Arrays(None, x, y, len(x), x.shape[1], image)
-
-
-def load_made(path: str) -> Arrays:
-    """The rows and labels of a set that is computed."""
-    made = synthetic.load(path)
-    return Arrays(None, made.x, made.y, len(made.x), made.x.shape[1], made.image)
-
 
 _ARRAYS: dict[str, Callable[[str], Arrays]] = {"npz": load_npz, MADE: load_made}
 

@@ -418,7 +418,10 @@ class Corpus:
         return path
 
 
-_DAMAGED = "it is truncated or was changed; copy it again, or prepare the corpus again."
+_DAMAGED = (
+    "it is truncated or was changed; copy it again, or prepare the corpus again "
+    "(distclust prepare --overwrite)."
+)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -26,7 +26,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distclust.corpus import rcv1, readers, synthetic
+from distclust.corpus.arrays import load_npz
 from distclust.corpus.columns import canonical, is_label, is_list, is_text
+from distclust.corpus.files import is_url, unreadable
 from distclust.corpus.named import NAMED_SETS, Layout, check_documents, layout_of, locate
 from distclust.corpus.readers import FORMATS, Split
 from distclust.errors import ConfigError, DataError
@@ -163,17 +165,26 @@ class Source:
         Raises:
             DataError: rows that cannot be used; the message names the file and the row.
         """
-        for block in readers.read(split, self.layout.columns):
-            columns = block.columns
+        layout = self.layout
+        for block in readers.read(split, layout.columns):
             first = f"{split.path}, counting from row {block.first}"
             if split.first_row < 0:
                 first = f"{split.path}, counting from row {block.first} after byte {split.start}"
-            if self.layout.where is not None:
-                columns = columns.filter(columns.column(self.layout.where).fill_null(False))
-            if columns.num_rows:
-                table = _of_kept_labels(canonical(columns, self.layout, first), self.layout.labels_kept)
-                if table.num_rows:
-                    yield table
+            # only some lines of JSONL were looked at before: a column's type may change behind them
+            _check_columns(block.columns.schema, layout, first, split.format)
+            columns = block.columns
+            if layout.where is not None:
+                columns = columns.filter(columns.column(layout.where).cast(pa.bool_()).fill_null(False))
+            if not columns.num_rows:
+                continue
+            try:
+                table = _of_kept_labels(canonical(columns, layout, first), layout.labels_kept)
+            except pa.ArrowException as error:  # such as text that is not UTF-8
+                raise unreadable(first, split.format, error) from error
+            if layout.kind == "dense" and layout.n_features is None:  # lists: as long as the first one
+                layout = replace(layout, n_features=table.schema.field("values").type.list_size)
+            if table.num_rows:
+                yield table
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -190,7 +201,9 @@ def open_source(config: SourceConfig) -> Source:
     else:
         files = locate(config.name, config.seed, config.documents)
     format_ = readers.MADE if readers.is_made(files[0]) else _format_of(files, config.format)
-    schemas = {file: readers.schema_of(file, format_) for file in files}
+    named = [*(config.text or "").split("+"), *(getattr(config, name) for name in (*_COLUMNS[1:], "label"))]
+    named = [name.strip() for name in (*named, config.where) if name]
+    schemas = {file: readers.schema_of(file, format_, named) for file in files}
     # a JSONL file without lines has no columns to look at
     schemas = {file: schema for file, schema in schemas.items() if schema.names or format_ != "jsonl"}
     if not schemas:
@@ -208,6 +221,8 @@ def open_source(config: SourceConfig) -> Source:
         _check_columns(schema, layout, file, format_)
         if layout.dense and pa.types.is_fixed_size_list(schema.field(layout.dense).type):
             widths[schema.field(layout.dense).type.list_size] = file
+    if 0 in widths:
+        raise DataError(f"{widths[0]} has rows of no numbers; expected at least one; name another column.")
     if len(widths) > 1:
         (a, one), (b, other) = list(widths.items())[:2]
         raise DataError(
@@ -222,7 +237,7 @@ def open_source(config: SourceConfig) -> Source:
             )
         layout = replace(layout, n_features=width)
     elif format_ == "npz" and layout.kind == "sparse" and layout.n_features is None:
-        layout = replace(layout, n_features=max(readers.load_npz(file).n_features for file in files))
+        layout = replace(layout, n_features=max(load_npz(file).n_features for file in files))
     image = _image_shape(schemas, layout)
     splits, total = _plan(files, format_, config.limit)
     if config.limit is None and config.name != _FILES and total is not None:
@@ -293,7 +308,7 @@ def _plan(files: list[str], format_: str, limit: int | None) -> tuple[list[Split
 def _find_files(patterns: tuple[str, ...]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
-        if readers.is_url(pattern):
+        if is_url(pattern):
             fs, path = fsspec.core.url_to_fs(pattern)
             try:
                 matches = (
@@ -444,7 +459,7 @@ def _fingerprint(
     hashed = sum(size for size, _ in infos) <= _HASHED_BYTES
     for file, (size, changed) in zip(files, infos, strict=True):
         mark = changed
-        if hashed and not readers.is_url(file):
+        if hashed and not is_url(file):
             with open(file, "rb") as stream:
                 mark = hashlib.file_digest(stream, "sha256").hexdigest()
         parts.append([os.path.basename(file), size, mark])
@@ -461,7 +476,7 @@ def _info(file: str) -> tuple[int, str]:
     """Size, and whatever changes when the content does."""
     if readers.is_made(file):
         return 0, f"generators {synthetic.VERSION}"
-    if not readers.is_url(file):
+    if not is_url(file):
         status = os.stat(file)
         return status.st_size, str(status.st_mtime_ns)
     fs, path = fsspec.core.url_to_fs(file)

@@ -32,14 +32,14 @@ def already_there(folder: Path, source: Source, options: dict[str, Any], overwri
         if overwrite:
             return None
         raise
+    if overwrite:  # the same content too: a shard that was changed is not found out by its size
+        return None
     lines = _differences(manifest, source, options)
-    if lines and not overwrite:
+    if lines:
         raise DataError(
             f"{folder} holds a corpus of other content; expected the same or none. It differs in: "
             f"{'; '.join(lines)}. Choose another folder, or replace it (distclust prepare --overwrite)."
         )
-    if lines:
-        return None
     try:
         Corpus.open(folder)
     except DataError as error:

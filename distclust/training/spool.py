@@ -22,6 +22,9 @@ MAX_KEY = 250  # characters of a parameter, metric or tag name that MLflow takes
 MAX_PARAM = 6000  # characters of a parameter's value
 MAX_TAG = 8000  # characters of a tag's value
 
+RECORDS = frozenset({"run", "metric", "params", "tags", "dataset", "final", "artifacts", "model", "status"})
+"""What a record of a spool can be."""
+
 _NOT_IN_A_KEY = re.compile(r"[^/\w.\- :]")
 _URL = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^/\s@]*@)?(?P<rest>[^\s?#'\"]*)(?:\?[^\s'\"]*)?"
@@ -134,8 +137,8 @@ def _records(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
             position += len(line)
             try:
                 record = json.loads(line)
-                if "type" not in record:
-                    raise ValueError("no type")
+                if not isinstance(record, dict) or not isinstance(record.get("type"), str):
+                    raise ValueError("no record")
             except (ValueError, TypeError):
                 if line.strip():
                     logger.warning("%s: a half-written line ending at byte %d is skipped", path, position)

@@ -28,6 +28,7 @@ from distclust.training.records import apply, last_steps, log_points
 from distclust.training.run_identity import begin, is_away, read_identity, unusable
 from distclust.training.spool import (
     MAX_TAG,
+    RECORDS,
     MetricPoint,
     Spool,
     clean_key,
@@ -266,6 +267,12 @@ def replay(spool: Path | str, uri: str) -> str:
         )
     file = Spool(path)
     header: dict[str, Any] = {}
+    kinds = {record["type"] for record in file.records()}
+    if not kinds or not kinds <= RECORDS:
+        raise TrackingError(
+            f"{path} is no spool of unsent metrics ({', '.join(sorted(kinds - RECORDS)) or 'none'} of its "
+            f"records); expected the file {SPOOL_NAME} of a run folder; nothing was sent or removed"
+        )
     for record in file.records():
         if record["type"] == "run":
             header.update({key: value for key, value in record.items() if value is not None})
