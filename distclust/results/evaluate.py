@@ -32,6 +32,10 @@ def class_numbers(corpus: Corpus) -> NDArray[np.int64]:
     return found
 
 
+MAX_CLUSTERS = 1 << 20
+"""Cluster numbers of a file are below it: the table of classes and clusters is held in memory."""
+
+
 def score_clusters(
     truth: NDArray[np.int64], clusters: NDArray[np.integer[Any]], n_clusters: int
 ) -> dict[str, float | None]:
@@ -79,8 +83,9 @@ def read_clusters(folder: str | Path, corpus: Corpus) -> tuple[NDArray[np.int64]
     if not found.equals(wanted):
         table = table.take(_places(found, wanted, root, corpus))
     clusters = table["cluster"].to_numpy().astype(np.int64)
-    if clusters.size and clusters.min() < 0:
-        raise DataError(f"{root} has cluster {clusters.min()}; expected whole numbers from 0.")
+    if clusters.size and not 0 <= clusters.min() <= clusters.max() < MAX_CLUSTERS:
+        odd = clusters.min() if clusters.min() < 0 else clusters.max()
+        raise DataError(f"{root} has cluster {odd}; expected whole numbers from 0, below {MAX_CLUSTERS:,}.")
     return clusters, max(n_clusters, int(clusters.max(initial=-1)) + 1)
 
 
@@ -99,7 +104,14 @@ def _read(file: Path) -> pa.Table:
             f"{file}: column cluster is {table.schema.field('cluster').type}; expected whole numbers, no "
             "nulls."
         )
-    return pa.table({"id": table["id"].cast(pa.string()), "cluster": table["cluster"].cast(pa.int64())})
+    if table["id"].null_count:
+        raise DataError(f"{file} has {table['id'].null_count} null ids; expected one for each document.")
+    try:
+        return pa.table({"id": table["id"].cast(pa.string()), "cluster": table["cluster"].cast(pa.int64())})
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{file} cannot be used ({error}); expected ids as text or whole numbers, cluster numbers from 0."
+        ) from error
 
 
 def _places(found: pa.Array, wanted: pa.Array, root: Path, corpus: Corpus) -> pa.Array:

@@ -65,6 +65,15 @@ def test_documents_are_matched_by_id(corpus, tmp_path):
         (IDS, CLUSTERS - 1, None, "cluster -1"),
         (IDS, CLUSTERS.astype(float), pa.float64(), "whole numbers"),
         (IDS, [None, *CLUSTERS[1:].tolist()], None, "no nulls"),
+        ([None, *IDS[1:]], CLUSTERS, None, "1 null ids"),
+        ([["doc-0"]] * 55, CLUSTERS, None, "ids as text or whole numbers"),
+        (
+            IDS,
+            [10**12, *CLUSTERS[1:].tolist()],
+            pa.int64(),
+            "cluster 1000000000000; expected .* below 1,048,576",
+        ),
+        (IDS, [2**63, *CLUSTERS[1:].tolist()], pa.uint64(), "cluster numbers from 0"),
     ],
 )
 def test_assignments_that_cannot_be_scored(corpus, tmp_path, ids, clusters, kind, said):
