@@ -446,12 +446,15 @@ def _row(name: str) -> Any:
 
     from distclust.config import method_row
     from distclust.mixture.catalogue import ESTIMATORS, MISSING
+    from distclust.mixture.imports import allow_modules, is_import_path
 
     if name in ESTIMATORS:
         return ESTIMATORS[name]
     missing = {key.lower(): row for key, row in MISSING.items()}
     if name.lower() in missing:
         return asdict(missing[name.lower()])
+    if is_import_path(name):  # whoever names it wants it
+        allow_modules([name.partition(":")[0]])
     return method_row(name)
 
 

@@ -198,7 +198,7 @@ def train_run(
     folder, start = Path(run_dir), time.monotonic()
     check_device(config.cluster)
     with _terminating(), hold(folder):
-        if check_same_run(folder, config) and is_finished(folder):
+        if check_same_run(folder, config) and is_finished(folder) and (folder / SUMMARY).exists():
             check_unchanged(config, str(corpus_root if corpus_root is not None else folder / "corpus"))
             log.info("%s is finished; nothing to do", folder)
             return read_json(folder / SUMMARY)

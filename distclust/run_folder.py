@@ -197,6 +197,8 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except NotADirectoryError as error:
+        raise ConfigError(f"{path.parent} is a file; expected a run folder: give another") from error
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be read ({error}); expected what an earlier run wrote. Restore it, or take "

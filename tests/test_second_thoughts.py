@@ -140,3 +140,32 @@ def test_counts_are_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert result.exit_code == 2
         assert "expected a whole number" in plain(result.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_a_folder_is_meant(tmp_path: Path) -> None:
+    stories, file = write_jsonl(tmp_path / "a.jsonl", records(60)), tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match=r"file (is a file|cannot be made)"):
+        train_run(tiny_run(stories), file)
+    with pytest.raises(DataError, match="file is a file; expected a folder"):
+        generate_corpus(file, GenerateConfig(rows=120, terms=200, nonzeros=20))
+    assert file.read_text() == "mine"
+
+
+def test_a_summary_that_was_lost_is_written_again(tmp_path: Path) -> None:
+    config, run = tiny_run(write_jsonl(tmp_path / "a.jsonl", records(60))), tmp_path / "run"
+    summary = train_run(config, run)
+    (run / "summary.json").unlink()
+    again = train_run(config, run)
+    assert (run / "summary.json").exists()
+    assert {key: again[key] for key in ("acc", "n_documents")} == {
+        key: summary[key] for key in ("acc", "n_documents")
+    }
+
+
+def test_methods_prints_a_row_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_row.py").write_text("from distclust.mixture.rows.damic import DAMIC as ROW\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = call("methods", "mine_row:ROW")
+    assert result.exit_code == 0, result.output
+    assert "Chazan" in result.stdout

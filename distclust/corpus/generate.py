@@ -190,7 +190,7 @@ def _finished(root: str) -> Manifest | None:
     try:
         if "manifest.json" not in cache.list_names(root):
             return None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return Manifest.load(root)
 

@@ -238,6 +238,8 @@ def clear_unfinished(root: str | os.PathLike[str]) -> None:
         names = cache.list_names(root)
     except FileNotFoundError:
         names = []
+    except NotADirectoryError as error:
+        raise DataError(f"{root} is a file; expected a folder to make: choose another.") from error
     if MANIFEST in names:
         raise DataError(
             f"{root} already holds a corpus; expected an empty folder: choose another, or remove it."
