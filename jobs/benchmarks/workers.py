@@ -21,7 +21,7 @@ LANES = 8
 
 
 def config(workers: int, rows_in_step: int, epochs: int) -> RunConfig:
-    """The autoencoder's pretraining, some epochs, a point of the log every 3 steps, no checkpoint between."""
+    """The autoencoder's pretraining, some epochs, a point of the log every 2 steps, no checkpoint between."""
     return resolve(
         {
             "method": "ae-kmeans",
@@ -30,7 +30,7 @@ def config(workers: int, rows_in_step: int, epochs: int) -> RunConfig:
             "phases": {"pretrain": {"epochs": epochs}},
             "order": {"lanes": LANES, "rows_per_lane": rows_in_step // LANES},
             "checkpoint": {"every_steps": 100_000},
-            "tracking": {"enabled": False, "log_every": 3},
+            "tracking": {"enabled": False, "log_every": 2},
             "cluster": {"workers": workers, "cpus_per_worker": 1},
         }
     )
@@ -55,19 +55,18 @@ def workers(quick: bool) -> list[Row]:
     from distclust.corpus.generate import GenerateConfig, generate_corpus
 
     found = []
-    # twelve steps an epoch for one process, six for two workers: the same steps in half the epochs
-    for rows, steps in ((512, 12),) if quick else ((1024, 60), (4096, 24)):
+    for rows in (512,) if quick else (1024, 4096):
         ours, peer = [], []
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             corpus = str(folder / "corpus")
             generate_corpus(corpus, GenerateConfig(rows=12 * rows, terms=2000, rows_per_shard=2 * rows))
-            for turn in range(1 if quick else 3):
-                ours.append(speed(corpus, str(folder / f"two-{turn}"), config(2, 2 * rows, steps // 6)))
+            for turn in range(1 if quick else 2):
+                ours.append(speed(corpus, str(folder / f"two-{turn}"), config(2, 2 * rows, 4)))
                 command = [sys.executable, "-m", __name__, corpus]
                 alone = [
                     subprocess.Popen(
-                        [*command, str(folder / f"alone-{turn}-{number}"), str(rows), str(steps // 12)],
+                        [*command, str(folder / f"alone-{turn}-{number}"), str(rows), "2"],
                         stdout=subprocess.PIPE,
                         text=True,
                     )
