@@ -424,14 +424,11 @@ def _whole(number: float, option: str) -> int:
 
 
 def _train(config: Any, folder: Path, corpus: str | None, baselines: bool) -> None:
+    from distclust.preflight import check_given
     from distclust.run import is_finished, train_run
 
-    if corpus is not None and "://" not in corpus and not (Path(corpus) / "manifest.json").exists():
-        raise ConfigError(
-            f"--corpus is {corpus}, where there is no prepared corpus; expected a folder with a "
-            "manifest.json: correct the path, make one (distclust prepare RECIPE --out FOLDER), or leave "
-            "--corpus out"
-        )
+    if corpus is not None:
+        check_given(corpus)
     start, before = time.monotonic(), is_finished(folder)
     with display() as listener:
         summary = train_run(config, folder, corpus_root=corpus, listener=listener, baselines=baselines)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from distclust.config import ClusterConfig, RunConfig, TrackingConfig, to_dict
-from distclust.corpus.shards import Corpus, Manifest
+from distclust.corpus.files import is_url
+from distclust.corpus.shards import MANIFEST, Corpus, Manifest
 from distclust.corpus.sources import open_source
 from distclust.errors import ConfigError, DataError, TrackingError
 from distclust.training.checkpoint import differences
@@ -54,6 +55,19 @@ def check_prepared(manifest: Manifest, config: RunConfig, where: str) -> None:
         )
 
 
+def check_given(corpus: str) -> None:
+    """Refuse a folder that was given as a prepared corpus and is none.
+
+    Raises:
+        ConfigError: a mistyped path would have been a place for a new corpus.
+    """
+    if not is_url(corpus) and not (Path(corpus) / MANIFEST).exists():
+        raise ConfigError(
+            f"--corpus is {corpus}, where there is no prepared corpus; expected a folder with a {MANIFEST}: "
+            "correct the path, make one (distclust prepare RECIPE --out FOLDER), or leave --corpus out"
+        )
+
+
 def is_generated(manifest: Manifest) -> bool:
     """Whether the corpus was made up (`distclust generate`)."""
     return "generated" in manifest.options
@@ -73,15 +87,19 @@ def check_device(cluster: ClusterConfig) -> None:
 
 
 def check_unchanged(config: RunConfig, corpus_root: str) -> None:
-    """Refuse a finished run whose documents have changed since; nothing is said of what is gone.
+    """Refuse a finished run whose documents have changed since.
+
+    Nothing is said of what is gone, or behind a URL, where unfinished runs take the corpus as it is, too.
 
     Raises:
         DataError: the run has to be made anew, in another folder.
     """
+    if is_url(corpus_root):
+        return
     try:
         manifest = Manifest.load(corpus_root)
         found = None if is_generated(manifest) else open_source(config.source).fingerprint
-    except (DataError, ConfigError):
+    except (DataError, ConfigError, OSError):
         return
     if found is not None and found != manifest.source_fingerprint:
         raise DataError(

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distclust.config import ClusterConfig, RunConfig, to_dict
-from distclust.corpus.cache import is_url
+from distclust.corpus.files import is_url
 from distclust.corpus.prepare import prepare, prepare_local
 from distclust.corpus.shards import MANIFEST, Corpus, Manifest
 from distclust.corpus.sources import SourceConfig
@@ -270,9 +270,9 @@ class _Job:
         self.listener.stage("prepare")
         with timed(lambda s: self.done.add_seconds("prepare", s)):
             root = str(self.corpus_root)
-            there = is_url(root) or (Path(root) / MANIFEST).exists()
-            if there and (is_url(root) or is_generated(Manifest.load(root))):
-                check_prepared(Manifest.load(root), self.config, root)
+            found = Manifest.load(root) if is_url(root) or (Path(root) / MANIFEST).exists() else None
+            if found is not None and (is_url(root) or is_generated(found)):
+                check_prepared(found, self.config, root)
             else:
                 prepare_run(self.config, self.corpus_root, listener=self.listener)
             self.corpus = Corpus.open(self.corpus_root, cache_config=self.config.cache)

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 
 from distclust.cli import app
 from distclust.corpus.shards import Corpus
+from distclust.errors import DataError
 from distclust.mixture.catalogue import ESTIMATORS, MISSING
 from distclust.mixture.methods import METHODS
 from distclust.mixture.taxonomy import taxonomy
@@ -385,3 +388,49 @@ def test_replay_sends_what_a_server_did_not_take(tmp_path):
     again = call("replay", run, store)
     assert again.exit_code == 1
     assert "does not exist" in plain(again.output)
+
+
+def test_overwrite_mends_a_shard_that_kept_its_size(tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(write_jsonl(tmp_path / "a.jsonl", records(60)))))
+    command = ("prepare", recipe, "--out", tmp_path / "c")
+    assert call(*command).exit_code == 0
+    shard = tmp_path / "c" / "shard-00000.arrow"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1500] + b"ABCD" + whole[1504:])
+    with pytest.raises(DataError, match="distclust prepare --overwrite"):
+        Corpus.open(tmp_path / "c").shard(0)
+    assert call(*command, "--overwrite").exit_code == 0
+    assert shard.read_bytes() == whole
+
+
+def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes("method: damic\n".encode("utf-16"))
+    result = call("train", tmp_path / "a.yaml", "--run", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "expected YAML as UTF-8 text" in plain(result.stderr)
+
+
+@pytest.mark.parametrize("command", [("estimate", "damic-text"), ("generate", "made")])
+def test_counts_are_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in ("inf", "2.5"):
+        result = call(*command, "--documents", number)
+        assert result.exit_code == 2
+        assert "expected a whole number" in plain(result.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_methods_prints_a_row_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_row.py").write_text("from distclust.mixture.rows.damic import DAMIC as ROW\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = call("methods", "mine_row:ROW")
+    assert result.exit_code == 0, result.output
+    assert "Chazan" in result.stdout
+
+
+def test_a_mistyped_corpus_is_no_place_for_a_new_one(tmp_path: Path) -> None:
+    result = call("train", "smoke", "--run", tmp_path / "run", "--corpus", tmp_path / "typo")
+    assert result.exit_code == 2
+    assert "where there is no prepared corpus" in plain(result.stderr)
+    assert list(tmp_path.iterdir()) == []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
+from typing import Any
 
 import pytest
 
@@ -185,3 +187,33 @@ def test_identity_is_what_a_checkpoint_binds():
         assert load_recipe("smoke", [change]).identity() == run.identity()
     for change in ("seed=1", "clusters=4", "order.lanes=5", "model.tau=3", "phases.joint.epochs=9"):
         assert load_recipe("smoke", [change]).identity() != run.identity()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("cpus_per_worker", -3),
+        ("cpus_per_worker", 0),
+        ("gpus_per_worker", -1),
+        ("max_failures", -1),
+        ("memory_per_worker_gb", -1.0),
+        ("memory_per_worker_gb", float("nan")),
+        ("start_timeout_s", 0.0),
+    ],
+)
+def test_impossible_clusters_are_refused_as_they_are_read(setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"cluster\.{setting}"):
+        resolve({"method": "damic", "clusters": 3, "cluster": {setting: value}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"phases": {"joint": {"optimizer": 3}}}, r"phases\.joint\.optimizer is 3; expected keys and values"),
+        ({"seed": datetime.date(2024, 1, 1)}, "seed"),
+        ({"model": {"hidden": {1, 2}}}, "hidden"),
+    ],
+)
+def test_odd_values_of_a_recipe_are_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve({"method": "damic", "clusters": 3} | changes)

@@ -18,6 +18,7 @@ import yaml
 from corpora import make_corpus
 from distclust import run_folder
 from distclust.config import to_dict
+from distclust.corpus.generate import GenerateConfig, generate_corpus
 from distclust.corpus.shards import Corpus
 from distclust.corpus.sources import SourceConfig
 from distclust.errors import ConfigError, DataError, NonFiniteError, TrackingError
@@ -446,3 +447,24 @@ def test_parquet_readers_see_the_assignments_as_a_table(finished):
     folder, _ = finished
     table = pq.read_table(folder / "assignments")
     assert (table.num_rows, table.column_names) == (90, ["id", "cluster", "probability"])
+
+
+def test_a_file_where_a_folder_is_meant(tmp_path: Path) -> None:
+    stories, file = write_jsonl(tmp_path / "a.jsonl", records(60)), tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match=r"file (is a file|cannot be made)"):
+        train_run(tiny_run(stories), file)
+    with pytest.raises(DataError, match="file is a file; expected a folder"):
+        generate_corpus(file, GenerateConfig(rows=120, terms=200, nonzeros=20))
+    assert file.read_text() == "mine"
+
+
+def test_a_summary_that_was_lost_is_written_again(tmp_path: Path) -> None:
+    config, run = tiny_run(write_jsonl(tmp_path / "a.jsonl", records(60))), tmp_path / "run"
+    summary = train_run(config, run)
+    (run / "summary.json").unlink()
+    again = train_run(config, run)
+    assert (run / "summary.json").exists()
+    assert {key: again[key] for key in ("acc", "n_documents")} == {
+        key: summary[key] for key in ("acc", "n_documents")
+    }

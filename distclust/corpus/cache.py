@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import fsspec
 
+from distclust.corpus.files import is_url
 from distclust.errors import ConfigError, DataError
 
 T = TypeVar("T")
@@ -69,11 +70,6 @@ class CacheConfig:
         """The folder that holds the copies."""
         home = os.path.join(Path.home(), ".cache", "distclust")
         return os.path.join(self.folder or os.environ.get(CACHE_VARIABLE) or home, "shards")
-
-
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a remote file system ("s3://...", "memory://...")."""
-    return "://" in os.fspath(path)
 
 
 def join(root: str | os.PathLike[str], name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import IO
 
 import fsspec
@@ -18,9 +19,9 @@ def unreadable(path: str, format_: str, error: Exception) -> DataError:
     )
 
 
-def is_url(path: str) -> bool:
-    """Whether the path is for fsspec and not for the local file system."""
-    return "://" in path
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether the path names a remote file system ("s3://...", "memory://..."), for fsspec."""
+    return "://" in os.fspath(path)
 
 
 def open_binary(path: str, compression: str | None = None) -> IO[bytes]:

@@ -27,6 +27,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from distclust.corpus import cache
+from distclust.corpus.files import is_url
 from distclust.corpus.manifest import MANIFEST, Manifest, ShardInfo
 from distclust.corpus.rows import (
     RowCounts,
@@ -128,7 +129,7 @@ def write_manifest(root: str | os.PathLike[str], manifest: Manifest) -> None:
 @contextmanager
 def _replacing(where: str) -> Iterator[Path]:
     """A temporary path whose file takes the place of ``where`` on leaving, synced; removed on an error."""
-    remote = cache.is_url(where)
+    remote = is_url(where)
     folder = tempfile.gettempdir() if remote else os.path.dirname(where) or "."
     temporary = Path(folder) / f"{_UNFINISHED}{uuid.uuid4().hex}"
     try:
@@ -305,7 +306,7 @@ class Corpus:
             [np.zeros(1, np.int64), np.cumsum(self.shard_rows)]
         )
         self._real_root = os.path.realpath(root)
-        self._cache = cache.ShardCache(root, manifest.fingerprint, config) if cache.is_url(root) else None
+        self._cache = cache.ShardCache(root, manifest.fingerprint, config) if is_url(root) else None
 
     @classmethod
     def open(

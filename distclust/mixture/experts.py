@@ -8,6 +8,7 @@ loss.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +149,10 @@ class AutoencoderExperts(MixedProducts):
         """Normalised (without gain, each expert by itself) and activated, (B, K, H)."""
         return self._activation(F.layer_norm(h, h.shape[-1:]) if self._norm else h)
 
+    def _product(self, layer: int) -> AbstractContextManager[object]:
+        """Where an inner layer's product is made: codes are in float32, as all codes are."""
+        return self.mixed() if layer != self._code_layer else nullcontext()
+
     def codes(self, x: Rows) -> Tensor:
         """The experts' codes, (B, K, J)."""
         return self._inner(x, 0, self._code_layer + 1, self._first(x))
@@ -179,7 +184,7 @@ class AutoencoderExperts(MixedProducts):
                 first = routes.times(pairs, self.in_weight.unbind(1))
         h = self._activate(first + self.in_bias[routes.experts])  # (P, H)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            with self.mixed():
+            with self._product(i):
                 h = routes.times(h, weight.unbind(0))
             h = h + bias[routes.experts]
             if i != self._code_layer:
@@ -195,7 +200,7 @@ class AutoencoderExperts(MixedProducts):
     def _inner(self, x: Rows, first: int, last: int, h: Tensor) -> Tensor:
         """Inner layers from `first` up to `last`, (B, K, H)."""
         for i in range(first, last):
-            with self.mixed():
+            with self._product(i):
                 h = torch.einsum("bkh,khj->bkj", h, self.weights[i])
             h = h + self.biases[i]
             if i != self._code_layer:

@@ -8,7 +8,7 @@ reconstruction is compared with (so the Gram form), statistics over the data, k-
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -38,10 +38,14 @@ def product_type(precision: Precision, device: torch.device) -> torch.dtype | No
     return torch.bfloat16 if precision == "auto" and has_it else None
 
 
+def mixed_parts(model: nn.Module) -> list[MixedProducts]:
+    """The parts of a model for `products_in`: found once, and not in each step."""
+    return [module for module in model.modules() if isinstance(module, MixedProducts)]
+
+
 @contextlib.contextmanager
-def products_in(model: nn.Module, kind: torch.dtype | None) -> Iterator[None]:
-    """Within it, the model's `mixed` products are of this type; gradients follow them out of it."""
-    parts = [m for m in model.modules() if isinstance(m, MixedProducts)] if kind is not None else []
+def products_in(parts: Sequence[MixedProducts], kind: torch.dtype | None) -> Iterator[None]:
+    """Within it, the parts' `mixed` products are of this type; gradients follow them out of it."""
     for part in parts:
         part.product_type = kind
     try:

@@ -25,7 +25,7 @@ from scipy import sparse
 
 from distclust import errors
 from distclust.corpus import passes, readers
-from distclust.corpus.cache import is_url
+from distclust.corpus.files import is_url
 from distclust.corpus.prepare import start_ray
 from distclust.corpus.shards import Corpus
 from distclust.corpus.sources import Source, SourceConfig, open_source

@@ -29,7 +29,7 @@ from distclust.mixture.diagnostics import diagnostics, left_out_metrics
 from distclust.mixture.method import STARTS
 from distclust.mixture.model import MixtureModel
 from distclust.mixture.noise import Noise
-from distclust.mixture.precision import product_type, products_in
+from distclust.mixture.precision import mixed_parts, product_type, products_in
 from distclust.mixture.settings import Phase
 from distclust.mixture.sparse import Rows, SparseRows
 from distclust.mixture.statistics import STATISTICS, Statistic
@@ -126,6 +126,7 @@ class Trainer:
             self.model = MixtureModel(config.row, config.model, corpus.n_features, config.clusters)
         self.model.to(world.device)
         self.product_type = product_type(config.precision, world.device)
+        self.mixed_parts = mixed_parts(self.model)
         self.identity = config.identity() | {
             "corpus": corpus.manifest.fingerprint,
             "vocabulary": corpus.manifest.vocabulary_fingerprint or "",
@@ -244,7 +245,7 @@ class Trainer:
         x = self.rows(batch)
         noise = self.noise(batch, self.position.global_step)
         self.optimizer.zero_grad(set_to_none=True)
-        with products_in(self.model, self.product_type):
+        with products_in(self.mixed_parts, self.product_type):
             for statistic in self._statistics("before_step"):
                 self._collect(statistic, x, phase, noise)
             value, seen = loss(x, noise, phase, self.totals, batch.rows_in_step)

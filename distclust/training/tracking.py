@@ -267,15 +267,17 @@ def replay(spool: Path | str, uri: str) -> str:
         )
     file = Spool(path)
     header: dict[str, Any] = {}
-    kinds = {record["type"] for record in file.records()}
-    if not kinds or not kinds <= RECORDS:
-        raise TrackingError(
-            f"{path} is no spool of unsent metrics ({', '.join(sorted(kinds - RECORDS)) or 'none'} of its "
-            f"records); expected the file {SPOOL_NAME} of a run folder; nothing was sent or removed"
-        )
+    kinds: set[str] = set()
     for record in file.records():
+        kinds.add(record["type"])
         if record["type"] == "run":
             header.update({key: value for key, value in record.items() if value is not None})
+    if not kinds or not kinds <= RECORDS:
+        found = f"records of {', '.join(sorted(kinds - RECORDS))}" if kinds else "no record"
+        raise TrackingError(
+            f"{path} is no spool of unsent metrics: it has {found}; expected the file {SPOOL_NAME} of a run "
+            "folder; nothing was sent or removed"
+        )
     run_id = read_identity(path.parent).get("run_id") or header.get("run_id")
     try:
         with limits(timeout_s=60, retries=2):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from distclust.config import RunConfig, from_dict, to_dict
-from distclust.corpus.cache import is_url
+from distclust.corpus.files import is_url
 from distclust.corpus.order import Order
 from distclust.corpus.shards import Corpus, Manifest
 from distclust.errors import ClusterError, ConfigError, DataError, DistclustError

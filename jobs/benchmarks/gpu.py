@@ -24,7 +24,7 @@ from distclust.corpus.order import Order, OrderConfig
 from distclust.corpus.shards import Corpus
 from distclust.mixture.experts import AutoencoderExperts
 from distclust.mixture.networks import Autoencoder
-from distclust.mixture.precision import Precision, product_type, products_in
+from distclust.mixture.precision import MixedProducts, Precision, mixed_parts, product_type, products_in
 from distclust.mixture.settings import ModelSettings
 from distclust.mixture.sparse import SparseRows, dense_error, gram_error, gram_is_cheaper
 from distclust.training.checkpoint import CheckpointStore
@@ -34,6 +34,7 @@ from distclust.training.world import World
 from jobs.benchmarks.compute import CODE, HIDDEN, flops_of_step
 from jobs.benchmarks.measure import Row, batch
 
+Mixed = tuple[list[MixedProducts], torch.dtype | None]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
@@ -99,7 +100,7 @@ def _steps(
         net = Autoencoder(x.n_features, ModelSettings(hidden=HIDDEN, code_size=CODE)).to(device)
         optimizer = torch.optim.Adam(net.parameters(), fused=True)
 
-        step = partial(_step, net, optimizer, x, product_type(precision, device))
+        step = partial(_step, net, optimizer, x, (mixed_parts(net), product_type(precision, device)))
         _forget_peak(device)
         seconds[precision] = _timed(step, sizes.repetitions)
         share = flops_of_step(x.n_features, x.n_rows, True) / seconds[precision] / peak[precision]
@@ -115,9 +116,10 @@ def _steps(
         )
 
 
-def _step(net: Autoencoder, optimizer: torch.optim.Adam, x: SparseRows, kind: torch.dtype | None) -> None:
+def _step(net: Autoencoder, optimizer: torch.optim.Adam, x: SparseRows, mixed: Mixed) -> None:
+    parts, kind = mixed
     optimizer.zero_grad(set_to_none=True)
-    with products_in(net, kind):
+    with products_in(parts, kind):
         loss = net.recon_error(net.encode(x), x).sum() / x.n_rows
     loss.backward()
     optimizer.step()
@@ -216,20 +218,19 @@ def _peak_memory(device: torch.device) -> str:
     return f", {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB" if device.type == "cuda" else ""
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _timed(function: Callable[[], object], repetitions: int) -> float:
     """Median seconds, the device waited for."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds = []
     for repetition in range(repetitions + 2):
-        _wait(device)
+        _wait()
         started = time.perf_counter()
         function()
-        _wait(device)
+        _wait()
         if repetition >= 2:
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,14 +206,6 @@ def test_bad_requests_are_answered(kind: str, columns: dict[str, Any], message: 
     model = mlflow.pyfunc.load_model(str(save_served_model(exported(tmp_path, kind), tmp_path / "served")))
     with pytest.raises(Exception, match=message):
         model.predict(pd.DataFrame(columns))
-
-
-@pytest.fixture
-def mlflow_server(tmp_path: Path) -> Iterator[MlflowServer]:
-    running = MlflowServer(tmp_path)
-    running.start()
-    yield running
-    running.kill()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -243,14 +243,6 @@ def test_the_drivers_records_survive_the_sinks_file(server: MoodyServer, tmp_pat
 
 
 # ---- a real server ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mlflow_server(tmp_path: Path) -> Iterator[MlflowServer]:
-    running = MlflowServer(tmp_path)
-    running.start()
-    yield running
-    running.kill()
 
 
 @pytest.mark.slow

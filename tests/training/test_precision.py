@@ -103,11 +103,11 @@ def test_an_autoencoders_hidden_layers_are_in_bfloat16_and_its_codes_and_error_a
 def test_experts_inner_layers_are_in_bfloat16_and_their_errors_are_not(
     corpus: Corpus, tmp_path: Path, threshold: float
 ) -> None:
-    sizes: dict[str, Any] = {"expert_hidden": [6], "expert_code_size": 5, "gate_hidden": [7, 11]}
+    sizes: dict[str, Any] = {"expert_hidden": [6, 9], "expert_code_size": 5, "gate_hidden": [7, 11]}
     one = trainer(config_of("damic", "bfloat16", expert_threshold=threshold, **sizes), corpus, tmp_path)
     half = products_of_a_step(one, "joint").of(torch.bfloat16)
     inner = {shape[-2:] for shape in half}
-    assert inner == {(7, 11), (6, 5), (5, 6)}, "gate, and experts 6 -> 5 -> 6"
+    assert inner == {(7, 11), (6, 9), (5, 9), (9, 6)}, "gate, and experts 6 -> 9 -> codes of 5 -> 9 -> 6"
 
 
 def test_convolutions_are_in_bfloat16_and_the_image_they_end_in_is_not(

@@ -447,3 +447,16 @@ def test_the_command_that_opens_the_run_is_there(run_dir: Path) -> None:
         program, *words = tracker.how_to_open.split()
     assert Path(program).exists()
     assert words == ["ui", "--backend-store-uri", tracker.uri]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"my notes\n", b"", b'{"text": "a"}\n', b'{"type": "news"}\n', b"PAR1\x00\x01\n\xff\n", b"[1]\n"],
+)
+def test_replay_takes_nothing_but_a_spool(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_bytes(content)
+    with pytest.raises(TrackingError, match=r"notes\.txt is no spool.*expected"):
+        replay(file, f"sqlite:///{tmp_path}/mlflow.db")
+    assert file.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [file]
