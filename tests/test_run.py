@@ -25,7 +25,7 @@ from distclust.errors import ConfigError, DataError, NonFiniteError, TrackingErr
 from distclust.preflight import check_distinct
 from distclust.results.assignment import Assignment
 from distclust.results.metrics import contingency, scores
-from distclust.run import Listener, assign_run, evaluate_run, prepare_run, train_run
+from distclust.run import Listener, assign_run, evaluate_run, is_finished, prepare_run, train_run
 from stories import records, snapshot, tiny_run, write_jsonl
 
 SCORES = ("nmi_geometric", "nmi_arithmetic", "ari", "acc")
@@ -456,6 +456,8 @@ def test_a_file_where_a_folder_is_meant(tmp_path: Path) -> None:
         train_run(tiny_run(stories), file)
     with pytest.raises(DataError, match="file is a file; expected a folder"):
         generate_corpus(file, GenerateConfig(rows=120, terms=200, nonzeros=20))
+    with pytest.raises(ConfigError, match="file is a file; expected a run folder"):
+        is_finished(file)
     assert file.read_text() == "mine"
 
 
