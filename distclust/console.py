@@ -273,6 +273,8 @@ def _says_something(phase: dict[str, Any], key: str) -> bool:
         return False
     if key.startswith("anneal"):
         return bool(phase["anneal"] != "none")
+    if key == "tau_factor":
+        return bool(phase[key] != 1.0)
     return key == "epochs" or bool(phase[key])
 
 

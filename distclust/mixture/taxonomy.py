@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distclust.mixture.catalogue import ESTIMATORS, MISSING, SLOTS, Estimator, EstimatorConfig
+from distclust.mixture.terms import AGGREGATOR_TERMS
 
 if TYPE_CHECKING:
     from distclust.mixture.methods import Method, Phase
@@ -156,6 +157,8 @@ def _clustering(row: Method | Estimator) -> str:
     if any(name.startswith("pseudo") for name in _term_names(row)):
         alone = row.aggregator == "NONE"
         words = ["cluster classification"] if alone else [*words, "cluster classification (warm start)"]
+    if row.aggregator != "TARGET" and _term_names(row) & AGGREGATOR_TERMS["TARGET"]:
+        words.append(_CLUSTERING_LOSSES["TARGET"])
     balances = bool(_term_names(row) & {"usage_prior", "batch_entropy"})
     # a target that is not sharpened can only balance: DEPICT's, p / f^eta
     if row.aggregator == "TARGET" and float(_setting(row, "target_kappa") or 2) <= 1:

@@ -217,6 +217,12 @@ def _target_clean(s: Scene) -> Tensor:
     return kl_from_target(_sharpened(s, _clean_log_p(s)), _log_p(s))
 
 
+def _target_responsibility(s: Scene) -> Tensor:
+    """KL(t || p), t from the undisturbed row's responsibilities: self-training with experts as evidence."""
+    log_w = responsibility(_clean_log_p(s), _energies(s), s.model.tau)
+    return kl_from_target(_sharpened(s, log_w), _log_p(s))
+
+
 def _target_teacher(s: Scene) -> Tensor:
     """KL(t || p), t from the model as it was at the last refresh (DEC and IDEC as published)."""
     assert s.view.teacher_log_p is not None
@@ -334,6 +340,7 @@ TERMS: dict[str, Term] = {
     "free": Term(_free, _EG | {"own_q"}),
     "target": Term(_target, _GATE, frozenset({"gate_usage"})),
     "target_clean": Term(_target_clean, _GATE | {"clean_gate"}, frozenset({"gate_usage"})),
+    "target_responsibility": Term(_target_responsibility, _EG | {"clean_gate"}, frozenset({"gate_usage"})),
     "target_teacher": Term(_target_teacher, _GATE | {"teacher"}, frozenset({"teacher"})),
     "variational_entropy": Term(_variational_entropy, frozenset({"codes"})),
     "sample_entropy": Term(_sample_entropy, _GATE),
@@ -348,6 +355,6 @@ AGGREGATOR_TERMS = {
     "MIN": frozenset({"min"}),
     "MIX": frozenset({"mix"}),
     "FREE": frozenset({"free"}),
-    "TARGET": frozenset({"target", "target_clean", "target_teacher"}),
+    "TARGET": frozenset({"target", "target_clean", "target_responsibility", "target_teacher"}),
     "NONE": frozenset[str](),
 }

@@ -102,7 +102,8 @@ def code_phase(config: RunConfig) -> str | None:
 
 
 def start_phase(config: RunConfig) -> tuple[str, str] | None:
-    """The phase that the last joint phase starts from, and the name of the baseline that its labels are.
+    """The gate's warm start, else the phase that the last joint phase starts from; and the name of the
+    baseline that its labels are.
 
     None where those labels would say nothing: no joint phase, clusters that start at random or with the joint
     phase itself, or a gate of its own that has learnt nothing yet.
@@ -119,8 +120,8 @@ def start_phase(config: RunConfig) -> tuple[str, str] | None:
     own = config.row.gate not in ("tied", "prior", "hard")
     if own and not learnt and not any("gate" in name for name in begun):
         return None
-    warm = any(losses(phase).warm and "gate" in phase.trains for phase in before)
-    return before[-1].name, "gate after warm start" if warm else "before joint training"
+    warm = [phase.name for phase in before if losses(phase).warm and "gate" in phase.trains]
+    return (warm[-1], "gate after warm start") if warm else (before[-1].name, "before joint training")
 
 
 # ---- how they are made

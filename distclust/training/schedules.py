@@ -29,9 +29,12 @@ def anneal(model: MixtureModel, phase: Phase, epoch: int) -> None:
         if not isinstance(model.gate, TiedGate):
             raise ValueError(f"phase {phase.name} anneals alpha, and the gate of this row has none")
         model.gate.alpha.fill_(dkm_alpha(epoch // phase.anneal_epochs + 1))
-    elif phase.anneal == "tau":
+        return
+    factor = phase.tau_factor
+    if phase.anneal == "tau":
         progress = epoch / (phase.epochs - 1) if phase.epochs > 1 else 1.0
-        model.tau.copy_(model.base_tau * phase.anneal_from ** (1.0 - progress))
+        factor *= phase.anneal_from ** (1.0 - progress)
+    model.tau.copy_(model.base_tau * factor)
 
 
 class WeightAverage:

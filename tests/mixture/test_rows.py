@@ -376,6 +376,23 @@ def test_a_sharpened_teacher_is_self_training_where_the_experts_say_nothing() ->
     torch.testing.assert_close(taught / tau, torch.autograd.grad(alone, view.log_p)[0])  # type: ignore[arg-type]
 
 
+def test_consolidation_teaches_the_gate_what_the_sharpened_responsibilities_say() -> None:
+    log_p = torch.log_softmax(torch.randn(B, K), 1)
+    f = torch.tensor([60.0, 20.0, 15.0, 5.0])
+    energies = torch.rand(B, K, requires_grad=True)
+    view = View(energies=energies, log_p=log_p.clone().requires_grad_(), clean_log_p=log_p.flip(0))
+    model = model_of("damic-consolidated")
+    model.tau.fill_(0.3)
+    loss = value("target_responsibility", scene_of(model, view, gate_usage=f))
+    t = (log_p.flip(0) - energies.detach() / 0.3).exp().square() / f
+    t = t / t.sum(1, keepdim=True)
+    torch.testing.assert_close(loss, (t * (t.log() - log_p)).sum(1))
+    (taught,) = torch.autograd.grad(loss.sum(), view.log_p, retain_graph=True)  # type: ignore[arg-type]
+    torch.testing.assert_close(taught, -t)
+    # the experts are evidence, and learn nothing from it
+    assert torch.autograd.grad(loss.sum(), energies, allow_unused=True)[0] is None
+
+
 # ---- networks and experts
 
 

@@ -416,6 +416,11 @@ def test_the_taxonomy_says_of_known_methods_what_the_survey_says(name):
     assert found.cluster_update.startswith(update.get(name, "jointly"))
 
 
+def test_a_mixture_that_ends_in_self_training_has_both_losses():
+    found = taxonomy(METHODS["damic-consolidated"]).clustering_loss
+    assert found == "mixture likelihood + cluster classification (warm start) + assignment hardening"
+
+
 def test_what_is_missing_is_not_in_the_table():
     names = {name.lower() for name in (*METHODS, *ESTIMATORS)}
     assert not names & {name.lower() for name in MISSING}
@@ -431,6 +436,7 @@ def test_what_is_missing_is_not_in_the_table():
     ("method", "codes", "start"),
     [
         ("damic", "pretrain", ("gate", "gate after warm start")),
+        ("damic-consolidated", "pretrain", ("gate", "gate after warm start")),
         ("damic-joint", None, None),
         ("damic-pretraining", "pretrain", None),
         ("k-dae", "pretrain", ("experts", "before joint training")),

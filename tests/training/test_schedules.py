@@ -12,6 +12,7 @@ import torch
 import runs
 from corpora import make_corpus
 from distclust.corpus.shards import Corpus
+from distclust.mixture.settings import Phase
 from distclust.training.checkpoint import CheckpointStore
 from distclust.training.engine import Trainer
 from distclust.training.hooks import NoHooks, Position
@@ -110,6 +111,15 @@ def test_tau_falls_to_its_value(corpus: Corpus, tmp_path: Path) -> None:
     trainer = run(corpus, tmp_path, "damic-annealed", watch, phases=changes)
     assert watch.seen[-3 * STEPS :: STEPS] == pytest.approx([4.0, 2.0, 1.0])
     assert float(trainer.model.base_tau) != 1.0  # measured, not the default
+
+
+def test_a_phase_may_be_hotter_than_the_others(corpus: Corpus, tmp_path: Path) -> None:
+    watch = Watch(lambda trainer: float(trainer.model.tau / trainer.model.base_tau))
+    changes = phases("damic-consolidated", epochs=2) | {"consolidate": {"epochs": 2, "tau_factor": 5.0}}
+    run(corpus, tmp_path, "damic-consolidated", watch, phases=changes)
+    assert watch.seen[-4 * STEPS :] == pytest.approx([1.0] * 2 * STEPS + [5.0] * 2 * STEPS)
+    with pytest.raises(ValueError, match=r"phases\.hot\.tau_factor is 0; expected above 0"):
+        Phase(name="hot", epochs=0, tau_factor=0)
 
 
 def test_a_phase_that_decays_uses_the_epochs_step_size(corpus: Corpus, tmp_path: Path) -> None:

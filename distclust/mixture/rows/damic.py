@@ -206,6 +206,28 @@ DAMIC_SHARP = replace(
     settings=replace(DAMIC_TEXT.settings, sharpen=2.0, balance=1.0, tau_spread=15.0),
 )
 
+DAMIC_CONSOLIDATED = replace(
+    DAMIC_TEXT,
+    name="damic-consolidated",
+    paper=DAMIC_PAPER + "; the last phase, on DEC's target (Xie, Girshick & Farhadi 2016), is ours",
+    summary="DAMIC for text, and then the gate teaches itself w^2 / f, with the trained experts as evidence",
+    target="w^2 / f, of the undisturbed row",
+    phases=(
+        *DAMIC_TEXT.phases,
+        Phase(
+            name="consolidate",
+            epochs=12,
+            trains=("gate",),
+            begin=("temperature",),
+            terms=(("target_responsibility", 1.0),),
+            noise=("gate",),
+            # ten spreads of the energies: the experts still speak, and clusters may merge
+            tau_factor=20.0,
+            optimizer=adam(1e-3),
+        ),
+    ),
+)
+
 DAMIC_ANNEALED = replace(
     DAMIC_TEXT,
     name="damic-annealed",
@@ -251,6 +273,7 @@ ROWS = (
     DAMIC_LOWRANK,
     DAMIC_USAGE,
     DAMIC_SHARP,
+    DAMIC_CONSOLIDATED,
     DAMIC_ANNEALED,
     SELF_TRAINING,
 )
