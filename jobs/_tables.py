@@ -124,9 +124,13 @@ class Table:
     """Whether the documents are made anew from each seed (``source.seed``)."""
     paired_with: str | None = None
     """A row's label or a baseline's name; every row's differences to it on the same seeds are listed."""
+    agreement: bool = False
+    """Whether a column says how far the seeds of a row agree, which takes no label."""
     sections: tuple[Section, ...]
 
     def __post_init__(self) -> None:
+        if self.agreement and self.data_by_seed:
+            raise ValueError("agreement compares runs on the same documents, and data_by_seed makes others")
         if set(self.protocols) != set(PROTOCOLS):
             raise ValueError(f"protocols are {sorted(self.protocols)}; expected {' and '.join(PROTOCOLS)}")
         slugs: set[str] = set()
@@ -334,6 +338,8 @@ class Line:
     """Reasons by seed."""
     machines: set[str] = field(default_factory=set)
     """Date and machine of the finished cells."""
+    agreement: float | None = None
+    """Mean NMI between the clusters of every two finished seeds."""
 
 
 def plan(table: Table, protocol: str, seeds: int, runs: Path) -> list[Line]:

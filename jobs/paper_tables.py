@@ -27,6 +27,7 @@ from distclust.errors import ConfigError, DistclustError
 from distclust.results.evaluate import class_numbers
 from distclust.run import is_finished, prepare_run, train_run
 from distclust.run_folder import DONE, Done, write_json
+from jobs._agreement import agreement
 from jobs._tables import (
     FAILED,
     MACHINE,
@@ -225,11 +226,15 @@ def _documents(rows: Sequence[Line]) -> str:
 
 def _rows(table: Table, protocol: str, seeds: int, rows: Sequence[Line]) -> list[str]:
     names = ["method", "seeds", "NMI (geometric)", "NMI (arithmetic)", "ARI", "ACC", "seconds"]
+    if table.agreement:
+        names.append("agreement of seeds")
     if table.published_nmi is not None:
         names += [f"published NMI ({table.published_nmi})", "published ARI", "published ACC"]
     out = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for line in rows:
         cells = [_plain(line.row.label), *_measured(line, protocol, seeds)]
+        if table.agreement:
+            cells.append("" if line.agreement is None else f"{line.agreement:.3f}")
         if table.published_nmi is not None:
             figures = line.row.published
             shown = figures is not None and protocol in figures.protocols
@@ -310,6 +315,11 @@ def _notes(table: Table, protocol: str, seeds: int, lines: Sequence[Line]) -> li
         f"`{command}`, {measured}; mean ± population standard deviation over seeds, every labelled row "
         "scored after the last epoch; seconds: training with all its phases, median, one core a run.",
     ]
+    if any(line.agreement is not None for line in lines):
+        notes.append(
+            "Agreement of seeds: mean NMI (arithmetic) between the clusters of every two runs of a row, "
+            "without any label."
+        )
     if any(line.cells and not line.summaries for line in lines):
         notes.append(f"Hours of what was not run are for one seed: {general.hours_from.strip()}")
     if table.published_from:
@@ -388,6 +398,8 @@ def make(table: Table, options: argparse.Namespace) -> bool:
             _say(f"{table.name}, {line.row.label}: {line.missing}; not run")
     failed = {} if options.no_run else run_cells([cell for line in wanted for cell in line.cells])
     read_cells(lines)
+    if table.agreement:
+        _compare_seeds(lines)
     text = markdown(table, options.protocol, seeds, lines)
     if options.out is None:
         sys.stdout.write(text + "\n")
@@ -395,6 +407,15 @@ def make(table: Table, options: argparse.Namespace) -> bool:
         title = f"{table.title} ({options.protocol})"
         write_between(Path(options.out), f"{table.name} {options.protocol}", text, title)
     return not failed
+
+
+def _compare_seeds(lines: Sequence[Line]) -> None:
+    for line in lines:
+        cells = [cell for cell in line.cells if cell.seed in line.summaries]
+        try:
+            line.agreement = agreement([c.folder for c in cells], cells[0].corpus) if cells else None
+        except DistclustError as error:  # the documents or the assignments were moved away: the rest stands
+            _say(f"{line.row.label}: no agreement of seeds: {error}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.metrics import normalized_mutual_info_score
 
 from distclust.config import to_dict
 from distclust.corpus.shards import Corpus
 from distclust.errors import ConfigError
+from distclust.results.assignment import Assignment
 from distclust.results.evaluate import class_numbers
+from jobs._agreement import agreement
 from jobs._tables import (
     PROTOCOLS,
     Line,
@@ -333,6 +337,42 @@ def test_differences_are_taken_to_a_row_where_a_run_has_no_such_baseline(tiny: P
     other.summaries = {0: summary(0.4, 1.0), 1: summary(0.1, 1.0), 2: summary(0.3, 1.0)}
     text = markdown(table, "cpu", 3, [one, other])
     assert "| one | AE (l2) + k-means | +0.100 +0.400 | +0.250 |" in text
+
+
+def test_a_column_says_how_far_the_seeds_agree_without_labels(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = changed(tiny, "\nseeds: 2", "\nagreement: true\nseeds: 2")
+    runs = tmp_path / "runs"
+    lines = plan(load_table(path), "cpu", 2, runs)
+    assert set(run_all(lines).values()) == {None}
+    corpus = Corpus.open(lines[0].cells[0].corpus)
+    one, other = (Assignment.open(cell.folder / "assignments").clusters() for cell in lines[0].cells)
+    by_sklearn = normalized_mutual_info_score(one, other)
+    assert 0 < by_sklearn < 1 and corpus.n_rows == len(one)
+    found = agreement([cell.folder for cell in lines[0].cells], lines[0].cells[0].corpus)
+    assert found == pytest.approx(by_sklearn, abs=1e-12)
+
+    asked = [path, "--runs", str(runs), "--no-run"]
+    assert main(asked) == 0
+    text = capsys.readouterr().out
+    assert "| ACC | seconds | agreement of seeds | published NMI" in text
+    row = next(line for line in text.splitlines() if line.startswith("| one | 2 |"))
+    assert row.split(" | ")[7] == f"{by_sklearn:.3f}"
+    baseline = next(line for line in text.splitlines() if line.startswith("| AE (l2) + k-means | 2 |"))
+    assert baseline.split(" | ")[7] == ""
+    assert "between the clusters of every two runs of a row, without any label" in text
+    assert main([*asked, "--seeds", "1"]) == 0  # one run agrees with nobody
+    alone = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| one | 1 |"))
+    assert alone.split(" | ")[7] == ""
+
+    shutil.rmtree(lines[0].cells[0].corpus)
+    assert main(asked) == 0
+    kept = capsys.readouterr()
+    assert "| one | 2 | 0." in kept.out and "one: no agreement of seeds: " in kept.err
+    changed(tiny, "agreement: true", "agreement: true\ndata_by_seed: true")
+    assert main([path]) == 2
+    assert "data_by_seed makes others" in capsys.readouterr().err
 
 
 def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path) -> None:
