@@ -232,7 +232,18 @@ def method_row(name: str) -> Method:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as everybody expects."""
+    """YAML in which 1e-3 is a number, as everybody expects, and no key stands twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in names:
+                said = f"{name!r} is given twice; keep one of the two"
+                raise yaml.composer.ComposerError(None, None, said, key.start_mark)
+            names.add(name)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -273,7 +284,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     try:
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {recipe} is not YAML: {error}") from error
+        raise ConfigError(f"recipe {recipe} is not YAML that can be used: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"recipe {recipe} holds {type(data).__name__}; expected keys and values")
     return data

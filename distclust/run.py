@@ -198,7 +198,7 @@ def train_run(
     folder, start = Path(run_dir), time.monotonic()
     check_device(config.cluster)
     with _terminating(), hold(folder):
-        if check_same_run(folder, config) and is_finished(folder) and (folder / SUMMARY).exists():
+        if check_same_run(folder, config) and _nothing_left(folder, baselines):
             check_unchanged(config, str(corpus_root if corpus_root is not None else folder / "corpus"))
             log.info("%s is finished; nothing to do", folder)
             return read_json(folder / SUMMARY)
@@ -211,6 +211,13 @@ def train_run(
 def is_finished(run_dir: str | Path) -> bool:
     """Whether the run in the folder is over, in every part."""
     return bool(read_json(Path(run_dir) / DONE).get("finished"))
+
+
+def _nothing_left(folder: Path, baselines: bool) -> bool:
+    """Whether the run is over, its summary there, and the baselines in it where they are wanted now."""
+    summary = read_json(folder / SUMMARY)
+    wanting = baselines and bool(summary.get("scored")) and not Done(folder / DONE).baselines
+    return is_finished(folder) and bool(summary) and not wanting
 
 
 @contextmanager

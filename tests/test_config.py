@@ -166,7 +166,14 @@ def test_unknown_recipes_name_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("a: [1", "not YAML"), ("- 1\n- 2\n", "holds list"), ("", "holds NoneType")]
+    ("text", "said"),
+    [
+        ("a: [1", "not YAML"),
+        ("- 1\n- 2\n", "holds list"),
+        ("", "holds NoneType"),
+        ("phases:\n  joint: {epochs: 1, epochs: 2}\n", "'epochs' is given twice"),
+        ("clusters: 3\nmethod: damic\nclusters: 4\n", "'clusters' is given twice"),
+    ],
 )
 def test_files_that_are_no_recipe(tmp_path, text, said):
     (tmp_path / "mine.yaml").write_text(text)

@@ -461,6 +461,23 @@ def test_a_file_where_a_folder_is_meant(tmp_path: Path) -> None:
     assert file.read_text() == "mine"
 
 
+def test_baselines_that_were_left_out_are_made_when_they_are_wanted(tmp_path: Path) -> None:
+    config, run = tiny_run(write_jsonl(tmp_path / "a.jsonl", records(60))), tmp_path / "run"
+    without = train_run(config, run, baselines=False)
+    assert without["baselines"] == {} and without["scored"] > 0
+    whole = snapshot(run)
+    assert train_run(config, run, baselines=False) == without
+    assert snapshot(run) == whole
+    trained = snapshot(run / "checkpoints")
+    again = train_run(config, run)
+    assert {"k-means", "AE (l2) + k-means"} <= again["baselines"].keys()
+    assert again["acc"] == without["acc"] and snapshot(run / "checkpoints") == trained
+    whole = snapshot(run)
+    assert train_run(config, run) == again
+    assert train_run(config, run, baselines=False) == again  # what there is stays
+    assert snapshot(run) == whole
+
+
 def test_a_summary_that_was_lost_is_written_again(tmp_path: Path) -> None:
     config, run = tiny_run(write_jsonl(tmp_path / "a.jsonl", records(60))), tmp_path / "run"
     summary = train_run(config, run)
