@@ -187,7 +187,7 @@ class RunConfig:
         if self.method not in ESTIMATORS:
             method_row(self.method)
             try:
-                _ = self.row  # checked against its own rules as it is made
+                self.row.check_training()  # its other rules are checked as it is made
             except ValueError as error:
                 raise ConfigError(str(error)) from None
         most = self.cluster.worker_range[1]
@@ -311,7 +311,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             place[last] = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
         except yaml.YAMLError as error:
             raise ConfigError(
-                f"override {item!r}: the value is not YAML ({str(error).splitlines()[0]})"
+                f"override {item!r}: the value is not YAML that can be used ({str(error).splitlines()[0]})"
             ) from error
     return result
 

@@ -219,6 +219,16 @@ def test_impossible_clusters_are_refused_as_they_are_read(setting: str, value: A
         ({"phases": {"joint": {"optimizer": 3}}}, r"phases\.joint\.optimizer is 3; expected keys and values"),
         ({"seed": datetime.date(2024, 1, 1)}, "seed"),
         ({"model": {"hidden": {1, 2}}}, "hidden"),
+        (
+            {"method": "self-training", "phases": {"joint": {"terms": [["target_responsibility", 1.0]]}}},
+            "target_responsibility needs energies and a gate of its own.*found energy none",
+        ),
+        (
+            {"method": "dec", "phases": {"joint": {"terms": [["target_responsibility", 1.0]]}}},
+            "target_responsibility needs energies and a gate of its own.*gate tied; use target_clean",
+        ),
+        ({"model": {"sharpen": 2.0}}, "model.sharpen change the teacher of the term lse_clean_teacher"),
+        ({"model": {"tau_spread": 0.5}}, r"tau_spread is 0\.5.*say phases\.joint\.begin=\[temperature\]"),
     ],
 )
 def test_odd_values_of_a_recipe_are_named(changes: dict[str, Any], said: str) -> None:

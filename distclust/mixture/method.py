@@ -85,14 +85,31 @@ class Method:
             )
         if by_em and self.settings.dissimilarity == "kullback_leibler":
             one_of(f"{where}: model.normaliser", self.settings.normaliser, ("none", "plain", "abs", "relu"))
+        if self.settings.expert_threshold:
+            self._check_top_experts(where)
+
+    def check_training(self) -> None:
+        """Refuse settings that only a phase would use, where no phase does.
+
+        Not part of `check`: a trained model keeps its settings and not its phases.
+
+        Raises:
+            ValueError: naming the setting, and what to say in its place.
+        """
+        where = f"method {self.name}"
         changed = self.settings.balance or self.settings.sharpen != 1.0
         if changed and self.phases and "lse_clean_teacher" not in self.terms:
             raise ValueError(
                 f"{where}: model.balance and model.sharpen change the teacher of the term lse_clean_teacher, "
                 "which no phase has; use damic-text, or leave model.balance at 0 and model.sharpen at 1"
             )
-        if self.settings.expert_threshold:
-            self._check_top_experts(where)
+        measured = any("temperature" in phase.begin for phase in self.phases)
+        if self.settings.tau_spread is not None and self.phases and not measured:
+            raise ValueError(
+                f"{where}: model.tau_spread is {self.settings.tau_spread}, and no phase begins by measuring "
+                "the energies' spread, so nothing would come of it; say phases.joint.begin=[temperature] as "
+                "well (or the phase whose loss has tau), or set model.tau"
+            )
 
     def _check_top_experts(self, where: str) -> None:
         found = f"{where}: model.expert_threshold is {self.settings.expert_threshold}"
@@ -111,6 +128,7 @@ class Method:
                 )
 
     def _check_slots(self, where: str) -> None:
+        without = self.energy == "none"
         if self.aggregator in ("LSE", "FREE") and self.gate in ("tied", "hard"):
             raise ValueError(
                 f"{where}: {self.aggregator} needs a prior or network gate, found {self.gate}: "
@@ -124,9 +142,13 @@ class Method:
             )
         if self.aggregator == "TARGET" and self.gate not in ("tied", "network", "linear", "expert_codes"):
             raise ValueError(f"{where}: TARGET needs a gate that can be trained, found {self.gate}")
+        if "target_responsibility" in self.terms and (without or self.gate in ("tied", "hard", "prior")):
+            raise ValueError(
+                f"{where}: target_responsibility needs energies and a gate of its own beside them, found "
+                f"energy {self.energy} and gate {self.gate}; use target_clean"
+            )
         if self.gate == "expert_codes" and (self.energy != "experts" or self.settings.experts == "constant"):
             raise ValueError(f"{where}: a gate on the experts' codes needs experts that have codes")
-        without = self.energy == "none"
         if without and (self.aggregator not in ("TARGET", "NONE") or self.gate in ("tied", "hard")):
             raise ValueError(f"{where}: without energies only a gate of its own and TARGET can be trained")
         if without and self.readout in ("energy", "responsibility"):

@@ -279,7 +279,7 @@ def test_bregman_clustering_by_kl_needs_a_normaliser_that_leaves_means_alone() -
 
 def test_a_balance_that_nothing_would_use_is_refused() -> None:
     with pytest.raises(ValueError, match="lse_clean_teacher.*damic-text"):
-        model_of("damic", balance=1.0)
+        model_of("damic", balance=1.0).method.check_training()
 
 
 def test_batch_norm_of_a_frozen_network_keeps_its_running_values() -> None:

@@ -242,6 +242,17 @@ def test_every_setting_survives_the_folder(tmp_path: Path) -> None:
     assert Predictor.load(tmp_path / "model").model.settings == model.settings
 
 
+def test_a_model_trained_by_phases_of_ones_own_is_read_without_them(tmp_path: Path) -> None:
+    row = METHODS["damic"]
+    settings = dataclasses.replace(row.settings, expert_hidden=(16,), tau_spread=0.5)
+    joint = dataclasses.replace(row.phases[-1], begin=("temperature",))  # the row's own measures nothing
+    made = dataclasses.replace(row, settings=settings, phases=(*row.phases[:-1], joint))
+    export_model(
+        tmp_path / "model", MixtureModel(made, settings, D, K), None, {"kind": "sparse", "row_scale": 1.0}
+    )
+    assert Predictor.load(tmp_path / "model").model.settings == settings
+
+
 def test_prediction_imports_neither_ray_nor_mlflow_nor_faiss() -> None:
     heavy = {"ray", "mlflow", "faiss", "pydantic", "sklearn"}
     code = f"import sys, distclust.results.predict; print({heavy} & set(sys.modules))"
