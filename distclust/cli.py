@@ -122,7 +122,10 @@ def train(
     ] = None,
     baselines: Annotated[
         bool,
-        typer.Option(help="Score k-means, LSA + k-means and autoencoder + k-means on the same documents."),
+        typer.Option(
+            help="Score k-means, LSA + k-means and autoencoder + k-means on the same documents; a finished "
+            "run that has none gets them."
+        ),
     ] = True,
     debug: DebugOption = False,
 ) -> None:
@@ -425,11 +428,11 @@ def _whole(number: float, option: str) -> int:
 
 def _train(config: Any, folder: Path, corpus: str | None, baselines: bool) -> None:
     from distclust.preflight import check_given
-    from distclust.run import is_finished, train_run
+    from distclust.run import nothing_left, train_run
 
     if corpus is not None:
         check_given(corpus)
-    start, before = time.monotonic(), is_finished(folder)
+    start, before = time.monotonic(), nothing_left(folder, baselines)
     with display() as listener:
         summary = train_run(config, folder, corpus_root=corpus, listener=listener, baselines=baselines)
     print_summary(summary, folder)

@@ -185,7 +185,8 @@ def train_run(
         run_dir: the run folder, on storage that all nodes see.
         corpus_root: a corpus to use, prepared there if need be; by default `corpus` in the run folder.
         listener: who is told.
-        baselines: whether the baselines are made; without any label they are left out.
+        baselines: whether the baselines are made; without any label they are left out. A finished run
+            without them gets them when it is started with them.
 
     Returns:
         The contents of summary.json.
@@ -198,7 +199,7 @@ def train_run(
     folder, start = Path(run_dir), time.monotonic()
     check_device(config.cluster)
     with _terminating(), hold(folder):
-        if check_same_run(folder, config) and _nothing_left(folder, baselines):
+        if check_same_run(folder, config) and nothing_left(folder, baselines):
             check_unchanged(config, str(corpus_root if corpus_root is not None else folder / "corpus"))
             log.info("%s is finished; nothing to do", folder)
             return read_json(folder / SUMMARY)
@@ -213,11 +214,20 @@ def is_finished(run_dir: str | Path) -> bool:
     return bool(read_json(Path(run_dir) / DONE).get("finished"))
 
 
-def _nothing_left(folder: Path, baselines: bool) -> bool:
-    """Whether the run is over, its summary there, and the baselines in it where they are wanted now."""
+def nothing_left(run_dir: str | Path, baselines: bool = True) -> bool:
+    """Whether another start of the run would do nothing: it is over, its summary is there, and so are the
+    baselines if they are wanted now."""
+    folder = Path(run_dir)
     summary = read_json(folder / SUMMARY)
-    wanting = baselines and bool(summary.get("scored")) and not Done(folder / DONE).baselines
-    return is_finished(folder) and bool(summary) and not wanting
+    if not is_finished(folder) or not summary:
+        return False
+    if not baselines or not summary.get("scored") or Done(folder / DONE).baselines:
+        return True
+    kept = summary.get("checkpoint")
+    if kept is not None and not (folder / kept).exists():  # making them would train the whole run again
+        log.warning("%s has no baselines, and the checkpoints that they need are gone", folder)
+        return True
+    return False
 
 
 @contextmanager
@@ -290,6 +300,7 @@ class _Job:
         if self.by_estimator:
             check_estimator(self.config, self.corpus)
         remember_run(self.folder, self.config, data)
+        self.done.content["finished"] = False  # one that was over, and lacks something, may be cut off again
         self.done.save()
 
     # ---- rows to a model

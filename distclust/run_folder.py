@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distclust.config import RunConfig, to_dict
+from distclust.config import RunConfig, from_dict, to_dict
 from distclust.errors import ConfigError
 from distclust.training.checkpoint import differences
 
@@ -223,7 +223,8 @@ def check_same_run(run_dir: Path, config: RunConfig) -> bool:
     stored = read_json(run_dir / CONFIG).get("config")
     if stored is None:
         return False
-    unlike = differences(_binding(stored), _binding(to_dict(config)))
+    # settings that are newer than the run get their defaults
+    unlike = differences(_binding(to_dict(from_dict(stored))), _binding(to_dict(config)))
     if unlike:
         raise ConfigError(_another_run(run_dir, unlike))
     return True

@@ -179,6 +179,13 @@ def test_training_again_prints_the_same_tables_and_does_nothing(work):
     assert snapshot(work / "run") == before
 
 
+def test_a_run_that_gets_its_baselines_later_says_so(work, tmp_path):
+    run = tmp_path / "run"
+    assert "AE + k-means" not in call("train", work / "tiny.yaml", "--run", run, "--no-baselines").stdout
+    later = call("train", work / "tiny.yaml", "--run", run).stdout
+    assert "AE + k-means" in later and "This took" in later and "nothing was done" not in later
+
+
 def test_progress_goes_to_the_standard_error(work, tmp_path):
     result = call("train", work / "tiny.yaml", "--run", tmp_path / "run")
     assert "pretrain" in result.stderr

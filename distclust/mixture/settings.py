@@ -251,7 +251,8 @@ class Phase:
     anneal_from: float = 8.0
     """Where tau starts, as a multiple of where it ends."""
     tau_factor: float = 1.0
-    """Tau of this phase, as a multiple of the temperature that is set or was measured."""
+    """Tau of this phase, as a multiple of the temperature that is set or was measured. That of the last
+    phase stays with the model, where a readout by responsibility or energy uses it."""
     average_last_epoch: bool = False
     """Whether the weights become their mean over the steps of the last epoch (AE-CM)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -280,7 +281,9 @@ class Phase:
         if self.anneal_epochs < 1 or not self.anneal_from > 0:
             raise ValueError(f"phase {self.name}: anneal_epochs and anneal_from must be above 0")
         if not 0 < self.tau_factor < float("inf"):
-            raise ValueError(f"phases.{self.name}.tau_factor is {self.tau_factor}; expected above 0")
+            raise ValueError(
+                f"phases.{self.name}.tau_factor is {self.tau_factor}; expected a finite number above 0"
+            )
 
     def trains_parameter(self, name: str) -> bool:
         """Whether the parameter of that name has a gradient in this phase."""

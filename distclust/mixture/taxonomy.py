@@ -121,8 +121,6 @@ class Losses(NamedTuple):
 
 def losses(phase: Phase) -> Losses:
     """The terms of a phase by what they are to the survey; none of either for a phase without epochs."""
-    from distclust.mixture.terms import AGGREGATOR_TERMS
-
     if not phase.epochs:
         return Losses(frozenset(), frozenset(), False)
     if not phase.trains:
@@ -197,7 +195,8 @@ def _update(row: Method | Estimator) -> str:
     if hard and not trained & {"energy", "experts"}:
         return "alternating, hard"
     words = "jointly, by back-propagation, " + ("hard" if hard else "soft")
-    return words + ("; target refreshed from the whole set" if row.aggregator == "TARGET" else "")
+    targets = _term_names(row) & AGGREGATOR_TERMS["TARGET"]
+    return words + ("; target refreshed from the whole set" if targets else "")
 
 
 # ---- as plain data

@@ -212,6 +212,7 @@ class Trainer:
 
     def sweep_epoch(self, phase: Phase, epoch: int) -> None:
         """An epoch without an optimiser: one pass for each statistic, counted as one step (EM)."""
+        anneal(self.model, phase, epoch)
         for statistic in self._statistics("epoch"):
             self.sweep(statistic)
         mine = float(self.world.is_first)  # the totals are reduced already

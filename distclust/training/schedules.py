@@ -29,7 +29,6 @@ def anneal(model: MixtureModel, phase: Phase, epoch: int) -> None:
         if not isinstance(model.gate, TiedGate):
             raise ValueError(f"phase {phase.name} anneals alpha, and the gate of this row has none")
         model.gate.alpha.fill_(dkm_alpha(epoch // phase.anneal_epochs + 1))
-        return
     factor = phase.tau_factor
     if phase.anneal == "tau":
         progress = epoch / (phase.epochs - 1) if phase.epochs > 1 else 1.0

@@ -419,6 +419,8 @@ def test_the_taxonomy_says_of_known_methods_what_the_survey_says(name):
 def test_a_mixture_that_ends_in_self_training_has_both_losses():
     found = taxonomy(METHODS["damic-consolidated"]).clustering_loss
     assert found == "mixture likelihood + cluster classification (warm start) + assignment hardening"
+    update = taxonomy(METHODS["damic-consolidated"]).cluster_update
+    assert update == "jointly, by back-propagation, soft; target refreshed from the whole set"
 
 
 def test_what_is_missing_is_not_in_the_table():

@@ -105,6 +105,14 @@ def test_dkm_anneals_by_its_schedule(corpus: Corpus, tmp_path: Path) -> None:
     assert watch.seen == pytest.approx(expected)
 
 
+def test_a_row_measures_its_temperature_where_it_is_told_to(corpus: Corpus, tmp_path: Path) -> None:
+    watch = Watch(lambda trainer: float(trainer.model.tau))
+    changes = phases("damic", begin=["temperature"])
+    run(corpus, tmp_path, "damic", watch, phases=changes, model={"tau_spread": 0.5})
+    joint = watch.seen[-STEPS * changes["joint"]["epochs"] :]
+    assert watch.seen[0] == 1.0 and len(set(joint)) == 1 and joint[0] not in (0.0, 1.0)
+
+
 def test_tau_falls_to_its_value(corpus: Corpus, tmp_path: Path) -> None:
     watch = Watch(lambda trainer: float(trainer.model.tau / trainer.model.base_tau))
     changes = phases("damic-annealed", epochs=3, anneal_from=4.0)
@@ -118,8 +126,13 @@ def test_a_phase_may_be_hotter_than_the_others(corpus: Corpus, tmp_path: Path) -
     changes = phases("damic-consolidated", epochs=2) | {"consolidate": {"epochs": 2, "tau_factor": 5.0}}
     run(corpus, tmp_path, "damic-consolidated", watch, phases=changes)
     assert watch.seen[-4 * STEPS :] == pytest.approx([1.0] * 2 * STEPS + [5.0] * 2 * STEPS)
-    with pytest.raises(ValueError, match=r"phases\.hot\.tau_factor is 0; expected above 0"):
-        Phase(name="hot", epochs=0, tau_factor=0)
+    for factor in (0, float("inf")):
+        with pytest.raises(ValueError, match=r"phases\.hot\.tau_factor is \w+; expected a finite number"):
+            Phase(name="hot", epochs=0, tau_factor=factor)
+    # of a phase by EM, too
+    em = Watch(lambda trainer: float(trainer.model.tau))
+    run(corpus, tmp_path / "em", "bregman", em, phases={"em": {"epochs": 2, "tau_factor": 5.0}})
+    assert em.seen == [5.0, 5.0]
 
 
 def test_a_phase_that_decays_uses_the_epochs_step_size(corpus: Corpus, tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 ROWS = tuple(METHODS)
 KILLED_EVERYWHERE = ("damic", "damic-text", "dmae", "dmae-text")
 """Rows that lose a worker in each phase on 1, 2 and 3 workers."""
-KILLED = ("idec", "dcn", "ae-cm", "aljalbout", "vade", "bregman")
-"""Rows with other state (teacher, running means, weight average, batch norm, EM) that lose one of two."""
+KILLED = ("damic-consolidated", "idec", "dcn", "ae-cm", "aljalbout", "vade", "bregman")
+"""Rows with other state (target, teacher, running means, weight average, batch norm, EM): one of two is
+lost."""
 STEPS = 8
 """Two epochs of four steps a phase."""
 Job = dict[str, Any]
