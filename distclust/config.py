@@ -205,10 +205,10 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on before it may be continued."""
         whole = to_dict(self)
-        return {
-            key: whole[key]
-            for key in ("method", "clusters", "seed", "order", "model", "phases", "precision", "initialise")
-        }
+        return {key: whole[key] for key in _IDENTITY}
+
+
+_IDENTITY = ("method", "clusters", "seed", "order", "model", "phases", "precision", "initialise")
 
 
 def method_row(name: str) -> Method:
@@ -417,6 +417,16 @@ def _explain(error: Any) -> str:
 def from_dict(data: Mapping[str, Any]) -> RunConfig:
     """A `RunConfig` from what `to_dict` gave (a run folder's config.json)."""
     return _parse(data)
+
+
+def with_newer_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored `RunConfig.identity`, and what stands beside it, in which settings that are newer than it have
+    their defaults; as it is where it cannot be read."""
+    try:
+        whole = from_dict({key: identity[key] for key in _IDENTITY if key in identity}).identity()
+    except (ConfigError, ImportError):  # it has other keys; or a machine without pydantic
+        return dict(identity)
+    return dict(identity) | whole
 
 
 def to_dict(config: Any) -> dict[str, Any]:

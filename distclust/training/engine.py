@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distclust.config import RunConfig
+from distclust.config import RunConfig, with_newer_settings
 from distclust.corpus.order import Order, lanes_of_worker
 from distclust.corpus.shards import Corpus
 from distclust.corpus.stream import Batch, Stream
@@ -444,6 +444,8 @@ class Trainer:
             return {}
         groups, state = self.store.load(path)
         unlike = differences(state["identity"], self.identity)
+        if unlike:
+            unlike = differences(with_newer_settings(state["identity"]), self.identity)
         if unlike:
             raise CheckpointError(
                 f"checkpoint {path} belongs to another run: {'; '.join(unlike)}. "

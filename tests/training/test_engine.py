@@ -122,6 +122,22 @@ def test_another_configuration_is_refused_with_the_differences(corpus: Corpus, t
         trainer(other, corpus, tmp_path).run()
 
 
+def test_a_checkpoint_from_before_a_setting_was_there_goes_on_with_its_default(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    whole = trainer(runs.tiny_config("damic"), corpus, tmp_path)
+    path = whole.run().checkpoint
+    groups, state = whole.store.load(path)
+    for phase in state["identity"]["phases"]:
+        del phase["tau_factor"]
+    whole.store.save(Path(path).name, groups, state)
+    again = trainer(runs.tiny_config("damic"), corpus, tmp_path)
+    assert again.run().global_steps == whole.position.global_step
+    hot = {"joint": {"tau_factor": 2.0}}
+    with pytest.raises(CheckpointError, match="tau_factor"):
+        trainer(runs.tiny_config("damic", phases=hot), corpus, tmp_path).run()
+
+
 def test_another_corpus_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     config = runs.tiny_config("damic-text")
     trainer(config, corpus, tmp_path).run()
