@@ -428,7 +428,8 @@ def _whole(number: float, option: str) -> int:
 
 def _train(config: Any, folder: Path, corpus: str | None, baselines: bool) -> None:
     from distclust.preflight import check_given
-    from distclust.run import nothing_left, train_run
+    from distclust.run import train_run
+    from distclust.run_folder import nothing_left
 
     if corpus is not None:
         check_given(corpus)

@@ -63,6 +63,8 @@ from distclust.run_folder import (
     check_same_data,
     check_same_run,
     hold,
+    lost_baselines,
+    nothing_left,
     read_json,
     remember_run,
     write_json,
@@ -202,32 +204,13 @@ def train_run(
         if check_same_run(folder, config) and nothing_left(folder, baselines):
             check_unchanged(config, str(corpus_root if corpus_root is not None else folder / "corpus"))
             log.info("%s is finished; nothing to do", folder)
+            if baselines and lost_baselines(folder):
+                log.warning("%s has no baselines, and the checkpoints that they need are gone", folder)
             return read_json(folder / SUMMARY)
         with _ray(config.cluster), _terminating():  # once more: Ray puts handlers of its own in place
             job = _Job(config, folder, corpus_root, listener)
             job.done.add_seconds("start", time.monotonic() - start)
             return job.run(baselines)
-
-
-def is_finished(run_dir: str | Path) -> bool:
-    """Whether the run in the folder is over, in every part."""
-    return bool(read_json(Path(run_dir) / DONE).get("finished"))
-
-
-def nothing_left(run_dir: str | Path, baselines: bool = True) -> bool:
-    """Whether another start of the run would do nothing: it is over, its summary is there, and so are the
-    baselines if they are wanted now."""
-    folder = Path(run_dir)
-    summary = read_json(folder / SUMMARY)
-    if not is_finished(folder) or not summary:
-        return False
-    if not baselines or not summary.get("scored") or Done(folder / DONE).baselines:
-        return True
-    kept = summary.get("checkpoint")
-    if kept is not None and not (folder / kept).exists():  # making them would train the whole run again
-        log.warning("%s has no baselines, and the checkpoints that they need are gone", folder)
-        return True
-    return False
 
 
 @contextmanager

@@ -317,3 +317,32 @@ class Done:
         finally:
             self.add_seconds(part, time.monotonic() - start)
         self.save()
+
+
+# ---- what there is left to do
+
+
+def is_finished(run_dir: str | Path) -> bool:
+    """Whether the run in the folder is over, in every part."""
+    return bool(read_json(Path(run_dir) / DONE).get("finished"))
+
+
+def nothing_left(run_dir: str | Path, baselines: bool = True) -> bool:
+    """Whether another start of the run would do nothing: it is over, its summary is there, and so are the
+    baselines if they are wanted now and can still be made."""
+    folder = Path(run_dir)
+    summary = read_json(folder / SUMMARY)
+    if not is_finished(folder) or not summary:
+        return False
+    made = not summary.get("scored") or bool(Done(folder / DONE).baselines)
+    return made or not baselines or lost_baselines(folder)
+
+
+def lost_baselines(run_dir: str | Path) -> bool:
+    """Whether a finished run has no baselines and its checkpoints are gone: making them would train it all
+    again."""
+    folder = Path(run_dir)
+    summary = read_json(folder / SUMMARY)
+    kept = summary.get("checkpoint")
+    without = bool(summary.get("scored")) and not Done(folder / DONE).baselines
+    return without and kept is not None and not (folder / kept).exists()

@@ -25,8 +25,7 @@ from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import ConfigError
 from distclust.mixture.catalogue import ESTIMATORS
 from distclust.mixture.methods import METHODS
-from distclust.run import is_finished
-from distclust.run_folder import SUMMARY, read_json, stored_config
+from distclust.run_folder import SUMMARY, is_finished, read_json, stored_config
 from distclust.training.differences import differences
 
 PROTOCOLS = ("cpu", "paper")

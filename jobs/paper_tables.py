@@ -25,8 +25,8 @@ from distclust.config import from_dict, to_dict
 from distclust.corpus.shards import Corpus
 from distclust.errors import ConfigError, DistclustError
 from distclust.results.evaluate import class_numbers
-from distclust.run import is_finished, prepare_run, train_run
-from distclust.run_folder import DONE, Done, write_json
+from distclust.run import prepare_run, train_run
+from distclust.run_folder import DONE, Done, is_finished, write_json
 from jobs._agreement import agreement
 from jobs._tables import (
     FAILED,
