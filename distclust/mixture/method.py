@@ -11,7 +11,10 @@ from distclust.mixture.statistics import STATISTICS
 from distclust.mixture.terms import AGGREGATOR_TERMS, TERMS
 
 STARTS = frozenset({"initialise_clusters", "pinv_gate", "e_step_gate", "gaussian_start"})
-"""What a phase may begin with, beside a statistic: see training/initialise.py."""
+"""Starts of the clusters that a phase may begin with: see training/initialise.py."""
+
+SPECTRAL_MAP = "spectral_map"
+"""What a phase may begin with beside those and a statistic: the landmarks of its encoder's target."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +75,7 @@ class Method:
                 one_of(f"{where}, phase {phase.name}: term", name, TERMS)
                 used.add(name)
             for name in (*phase.statistics, *phase.begin):
-                one_of(f"{where}, phase {phase.name}: statistic", name, {*STATISTICS, *STARTS})
+                one_of(f"{where}, phase {phase.name}: statistic", name, {*STATISTICS, *STARTS, SPECTRAL_MAP})
         names = AGGREGATOR_TERMS.get(self.aggregator, frozenset())
         by_em = any("em" in phase.statistics for phase in self.phases)
         if names and self.phases and not used & names and not by_em:
@@ -103,6 +106,14 @@ class Method:
                 f"{where}: model.balance and model.sharpen change the teacher of the term lse_clean_teacher, "
                 "which no phase has; use damic-text, or leave model.balance at 0 and model.sharpen at 1"
             )
+        mapped = False
+        for phase in self.phases:
+            mapped = mapped or SPECTRAL_MAP in phase.begin
+            if "spectral_regression" in dict(phase.terms) and not mapped:
+                raise ValueError(
+                    f"{where}, phase {phase.name}: spectral_regression learns codes that no phase has found; "
+                    f"say phases.{phase.name}.begin=[{SPECTRAL_MAP}] as well"
+                )
         measured = any("temperature" in phase.begin for phase in self.phases)
         if self.settings.tau_spread is not None and self.phases and not measured:
             raise ValueError(

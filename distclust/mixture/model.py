@@ -21,11 +21,13 @@ from distclust.mixture.noise import Noise
 from distclust.mixture.routing import Routes, asked_by
 from distclust.mixture.settings import ModelSettings, Phase
 from distclust.mixture.sparse import Rows, n_rows, rows_times
+from distclust.mixture.spectral import SpectralMap
 from distclust.mixture.terms import AGGREGATOR_TERMS, TERMS, Scene, Stats, View, responsibility
 
 Asks = Literal["all", "own", "gate"]
 """The experts whose energies a pass computes: all, the pseudo-label's, those that the gate names."""
 TEACHER = "teacher"
+_FOR_TRAINING = (TEACHER, "spectral")
 """The submodule that holds the frozen copies."""
 
 
@@ -50,6 +52,7 @@ class MixtureModel(nn.Module):
     cluster_counts: Tensor
     fourier_weight: Tensor
     fourier_phase: Tensor
+    spectral: SpectralMap
     # networks differ in what they offer beside `encode`; a term asks only for what its row has
     network: Any
     experts: Any
@@ -63,11 +66,8 @@ class MixtureModel(nn.Module):
         self._check_image()
         self.network = self._build_network()
         self.code_size: int = self.network.code_size
-        if "orthonormality" in method.terms and self.code_size < n_clusters:
-            raise ValueError(
-                f"codes of {self.code_size} numbers hold no {n_clusters} orthonormal centroids: set "
-                f"model.code_size to at least {n_clusters}"
-            )
+        if "orthonormality" in method.terms:
+            self._check_code_size("orthonormal centroids for")
         self.experts = None
         if method.energy == "experts":
             self.experts = build_experts(self.n_expert_inputs, n_clusters, settings)
@@ -84,6 +84,9 @@ class MixtureModel(nn.Module):
             deviation = (2.0 * settings.fourier_gamma) ** 0.5
             self.register_buffer("fourier_weight", deviation * torch.randn(n_features, self.code_size))
             self.register_buffer("fourier_phase", 2.0 * torch.pi * torch.rand(self.code_size))
+        if "spectral_regression" in method.terms:
+            self._check_code_size("spectral codes of")
+            self.spectral = SpectralMap(settings.landmarks, n_features, n_clusters, settings.spectral_gamma)
         if method.has_teacher:
             self.teacher = nn.ModuleDict()
             for name, part in self._answering().items():
@@ -97,6 +100,13 @@ class MixtureModel(nn.Module):
             raise ValueError(
                 f"model.image is {list(image)}, which is {image[0] * image[1] * image[2]} numbers, and a row "
                 f"has {self.n_features}; expected channels x height x width to be the length of a row"
+            )
+
+    def _check_code_size(self, what: str) -> None:
+        if self.code_size < self.n_clusters:
+            raise ValueError(
+                f"codes of {self.code_size} numbers hold no {what} {self.n_clusters} clusters: set "
+                f"model.code_size to at least {self.n_clusters}"
             )
 
     def _build_network(self) -> nn.Module:
@@ -155,11 +165,11 @@ class MixtureModel(nn.Module):
 
     def prediction_state(self) -> dict[str, Tensor]:
         """`state_dict` without what only training needs."""
-        return {n: t for n, t in self.state_dict().items() if n.split(".")[0] != TEACHER}
+        return {n: t for n, t in self.state_dict().items() if n.split(".")[0] not in _FOR_TRAINING}
 
     def training_state(self) -> dict[str, Tensor]:
         """The rest of `state_dict`."""
-        return {n: t for n, t in self.state_dict().items() if n.split(".")[0] == TEACHER}
+        return {n: t for n, t in self.state_dict().items() if n.split(".")[0] in _FOR_TRAINING}
 
     # ---- the frozen teacher
 
@@ -203,6 +213,10 @@ class MixtureModel(nn.Module):
     def fourier_features(self, x: Rows) -> Tensor:
         """Random features (B, J) of a Gaussian kernel, `sqrt(2 / J) cos(x W + b)`."""
         return (2.0 / self.code_size) ** 0.5 * (rows_times(x, self.fourier_weight) + self.fourier_phase).cos()
+
+    def spectral_codes(self, x: Rows) -> Tensor:
+        """The K spectral codes of the rows, and zeros after them: (B, J)."""
+        return F.pad(self.spectral(x), (0, self.code_size - self.n_clusters))
 
     def expert_inputs(self, x: Rows) -> Rows:
         """What the experts reconstruct: the rows, or their codes with entries of about 1."""

@@ -100,6 +100,10 @@ class ModelSettings:
     """How Mahalanobis precisions start: from the k-means clusters' covariances, or as identities."""
     fourier_gamma: float = 1.0
     """Width of the Gaussian kernel exp(-gamma ||x - y||^2) whose random features an encoder learns first."""
+    landmarks: int = 500
+    """Rows whose affinities give an encoder's spectral codes; D numbers each, kept while it is trained."""
+    spectral_gamma: float | None = None
+    """gamma in the affinity exp(-gamma ||x - y||^2) of spectral codes; measured on landmarks when not set."""
     rotation: float = 0.0
     """Largest rotation of an image, in radians, in the phases whose noise names augment (DMAE: 0.3)."""
     shift: float = 0.0
@@ -120,13 +124,14 @@ class ModelSettings:
                 raise ValueError(f"model.{name} is {list(widths)}; expected one or more widths of at least 1")
         if self.gate_hidden and min(self.gate_hidden) < 1:
             raise ValueError(f"model.gate_hidden is {list(self.gate_hidden)}; expected widths of at least 1")
-        for name in ("code_size", "expert_code_size"):
+        for name in ("code_size", "expert_code_size", "landmarks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; expected at least 1")
         for name in ("input_dropout", "hidden_dropout", "gate_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; expected a share in [0, 1)")
-        for name in ("tau", "alpha", "tau_spread", "degrees", "target_kappa", "sharpen", "fourier_gamma"):
+        positive = ("tau", "alpha", "tau_spread", "degrees", "target_kappa", "sharpen")
+        for name in (*positive, "fourier_gamma", "spectral_gamma"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"model.{name} is {value}; expected a number above 0")

@@ -273,6 +273,11 @@ def _fourier_regression(s: Scene) -> Tensor:
     return (_codes(s) - s.model.fourier_features(s.x)).square().mean(1)
 
 
+def _spectral_regression(s: Scene) -> Tensor:
+    """Mean squared error (B,) of the codes against the rows' spectral codes (ours; see spectral.py)."""
+    return (_codes(s) - s.model.spectral_codes(s.x)).square().mean(1)
+
+
 # ---- regularisers
 
 
@@ -328,6 +333,7 @@ TERMS: dict[str, Term] = {
     "squared_reconstruction": Term(_squared_reconstruction, frozenset({"codes"})),
     "mixed_reconstruction": Term(_mixed_reconstruction, frozenset({"codes", "energies", "gate"})),
     "fourier_regression": Term(_fourier_regression, frozenset({"codes"})),
+    "spectral_regression": Term(_spectral_regression, frozenset({"codes"})),
     "layer_reconstruction": Term(_layer_reconstruction, frozenset({"codes", "clean_layers"})),
     "pseudo_energy": Term(_pseudo_energy, frozenset({"energies", "pseudo_labels"})),
     "pseudo_cross_entropy": Term(_pseudo_cross_entropy, frozenset({"gate", "pseudo_labels"})),

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from distclust.config import RunConfig
 from distclust.mixture.catalogue import ESTIMATORS, EstimatorConfig
-from distclust.mixture.statistics import STATISTICS
+from distclust.mixture.method import STARTS
 from distclust.mixture.taxonomy import losses
 from distclust.results.from_checkpoint import encode_corpus, predict_corpus
 from distclust.training.kmeans import assign_to_centroids, count_distinct, fit_kmeans, threads_for
@@ -113,8 +113,7 @@ def start_phase(config: RunConfig) -> tuple[str, str] | None:
     ]
     before = config.phases[: joint[-1]] if joint else ()
     begun = {name for phase in before for name in phase.begin}
-    # whatever begins a phase and is no statistic starts its clusters
-    if not any(name not in STATISTICS and "random" not in name for name in begun):
+    if not begun & STARTS:
         return None
     learnt = any(phase.epochs and "gate" in phase.trains for phase in before)
     own = config.row.gate not in ("tied", "prior", "hard")

@@ -26,7 +26,7 @@ from distclust.corpus.shards import Corpus
 from distclust.corpus.stream import Batch, Stream
 from distclust.errors import CheckpointError
 from distclust.mixture.diagnostics import diagnostics, left_out_metrics
-from distclust.mixture.method import STARTS
+from distclust.mixture.method import SPECTRAL_MAP, STARTS
 from distclust.mixture.model import MixtureModel
 from distclust.mixture.noise import Noise
 from distclust.mixture.precision import mixed_parts, product_type, products_in
@@ -36,7 +36,7 @@ from distclust.mixture.statistics import STATISTICS, Statistic
 from distclust.mixture.terms import Scene, Stats
 from distclust.training.checkpoint import CheckpointStore, differences
 from distclust.training.hooks import Hooks, NoHooks, Outcome, Position
-from distclust.training.initialise import start_clusters
+from distclust.training.initialise import fit_spectral_map, start_clusters
 from distclust.training.not_finite import explain
 from distclust.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from distclust.training.schedules import WeightAverage, anneal
@@ -267,6 +267,8 @@ class Trainer:
         for name in phase.begin:
             if name in STARTS:
                 start_clusters(name, self.model, self.stream, self.config, self.world)
+            elif name == SPECTRAL_MAP:
+                fit_spectral_map(self.model, self.stream, self.world)
             else:
                 self.sweep(STATISTICS[name])
 

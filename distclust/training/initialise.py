@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -129,20 +130,48 @@ def gaussian_start(model: MixtureModel, stream: Stream, config: RunConfig, world
     model.gate.logits.data.copy_(world.broadcast(weights).clamp_min(1e-6).log())
 
 
-@torch.no_grad()
+def fit_spectral_map(model: MixtureModel, stream: Stream, world: World) -> None:
+    """Spectral codes of an evenly drawn sample of rows, for the encoder to learn.
+
+    Raises:
+        DataError: when fewer rows of the sample than clusters differ.
+    """
+    spectral = model.spectral
+
+    def dense(x: Rows) -> Tensor:
+        return x.to_dense() if isinstance(x, SparseRows) else x
+
+    size = min(len(spectral.absent), stream.corpus.n_rows)
+    rows = world.gather_rows(_sample(stream, world, size, dense, model.n_features))
+
+    def fit() -> str:
+        spectral.fit(rows)
+        log.info("spectral codes: %d landmarks, gamma %.6g", size, spectral.gamma)
+        return ""
+
+    world.on_first(fit)
+    for buffer in spectral.buffers():
+        buffer.copy_(world.broadcast(buffer.clone()))
+
+
 def _sample_codes(model: MixtureModel, stream: Stream, config: RunConfig, world: World) -> Tensor:
-    """This worker's share (n, J) of the sample, in row order; fixed blocks, so a code does not depend on its
-    neighbours."""
+    """This worker's share (n, J) of a sample of codes."""
     n_rows = stream.corpus.n_rows
     least = min(n_rows, 50 * config.clusters)
     size = min(config.initialise.sample, n_rows, max(_SAMPLE_NUMBERS // model.code_size, least))
+    return _sample(stream, world, size, model.codes, model.code_size)
+
+
+@torch.no_grad()
+def _sample(stream: Stream, world: World, size: int, encode: Callable[[Rows], Tensor], width: int) -> Tensor:
+    """This worker's share (n, width) of `size` evenly drawn rows, encoded, in row order; fixed blocks, so a
+    code does not depend on its neighbours."""
+    n_rows, n_features = stream.corpus.n_rows, stream.corpus.n_features
     chosen = np.unique(np.linspace(0, n_rows - 1, size).astype(np.int64))
     mine = np.array_split(chosen, world.size)[world.rank]
     blocks = [mine[i : i + BLOCK] for i in range(0, len(mine), BLOCK)]
-    codes = [
-        model.codes(_padded(stream.gather(block), model.n_features, BLOCK))[: len(block)] for block in blocks
-    ]
-    return torch.cat(codes) if codes else torch.zeros(0, model.code_size, device=world.device)
+    codes = [encode(_padded(stream.gather(block), n_features, BLOCK))[: len(block)] for block in blocks]
+    return torch.cat(codes) if codes else torch.zeros(0, width, device=world.device)
 
 
 def _padded(batch: Batch, n_features: int, n_rows: int) -> Rows:

@@ -115,6 +115,18 @@ DMAE_FOURIER = replace(
     ),
 )
 
+DMAE_SPECTRAL = replace(
+    DMAE_FOURIER,
+    name="dmae-spectral",
+    paper=DMAE_PAPER + "; the spectral start is ours",
+    summary="DMAE whose encoder first learns spectral codes from landmarks: clusters of any shape",
+    settings=replace(DMAE_FOURIER.settings, code_size=10),
+    phases=(
+        replace(DMAE_FOURIER.phases[0], begin=("spectral_map",), terms=(("spectral_regression", 1.0),)),
+        *DMAE_FOURIER.phases[1:],
+    ),
+)
+
 _TEXT_PAPER = DMAE_PAPER + "; settings for text are ours"
 
 DMAE_TEXT = Method(
@@ -183,4 +195,4 @@ BREGMAN = Method(
     phases=(INITIALISE, Phase(name="em", epochs=50, statistics=("em",))),
 )
 
-ROWS = (DMM, AE_DMM, DMAE, DMAE_FOURIER, DMAE_TEXT, DMAE_EXP, DMAE_LSE, BREGMAN)
+ROWS = (DMM, AE_DMM, DMAE, DMAE_FOURIER, DMAE_SPECTRAL, DMAE_TEXT, DMAE_EXP, DMAE_LSE, BREGMAN)

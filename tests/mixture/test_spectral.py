@@ -1,0 +1,120 @@
+"""The spectral codes that an encoder can learn first: what they are on landmarks, and on any other row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import make_moons
+
+from distclust.errors import DataError
+from distclust.mixture.methods import METHODS
+from distclust.mixture.model import MixtureModel
+from distclust.mixture.sparse import SparseRows
+from distclust.mixture.spectral import SpectralMap
+
+
+def fitted(
+    rows: torch.Tensor, n_codes: int, gamma: float | None, landmarks: int | None = None
+) -> SpectralMap:
+    spectral = SpectralMap(landmarks or len(rows), rows.shape[1], n_codes, gamma)
+    spectral.fit(rows)
+    return spectral
+
+
+def moons(n: int = 200, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+    x, y = make_moons(n, noise=0.05, random_state=seed)
+    return torch.tensor(x, dtype=torch.float32), y
+
+
+def test_landmarks_have_the_codes_of_ng_jordan_and_weiss() -> None:
+    rows, _ = moons()
+    square = ((rows[:, None] - rows).double().numpy() ** 2).sum(2)
+    affinity = np.exp(-5.0 * square)
+    degree = affinity.sum(1)
+    _, vectors = np.linalg.eigh(affinity / np.sqrt(np.outer(degree, degree)))
+    expected = vectors[:, ::-1][:, :4]
+    expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    codes = fitted(rows, 4, 5.0)(rows).numpy()
+    signs = np.sign((codes * expected).sum(0))
+    np.testing.assert_allclose(codes * signs, expected, atol=2e-3)
+
+
+def test_rows_that_are_no_landmarks_have_the_codes_of_their_cluster() -> None:
+    rows, labels = moons(400)
+    spectral = fitted(rows[:200], 2, 30.0)
+    codes = spectral(rows)
+    assert torch.allclose(codes.norm(dim=1), torch.ones(400), atol=1e-5)
+    first = codes[labels == 0].mean(0)
+    same = (codes @ first > codes @ codes[labels == 1].mean(0)).numpy()
+    assert (same == (labels == 0)).mean() > 0.99
+    # so far that every affinity underflows: the nearest landmark's
+    far = rows[:1] + torch.tensor([[0.0, 1e4]])
+    nearest = rows[:200][(rows[:200] - far).norm(dim=1).argmin()][None]
+    torch.testing.assert_close(spectral(far), spectral(nearest), atol=1e-2, rtol=0)
+
+
+def test_sparse_rows_have_the_codes_of_dense_ones() -> None:
+    dense = torch.randn(60, 7).relu()
+    row, column = dense.nonzero(as_tuple=True)
+    offsets = torch.cat((torch.zeros(1), torch.bincount(row, minlength=60).cumsum(0))).int()
+    rows = SparseRows(offsets, column.int(), dense[row, column], dense.shape[1])
+    spectral = fitted(dense[:40], 3, 0.5)
+    torch.testing.assert_close(spectral(rows), spectral(dense), atol=1e-5, rtol=0)
+
+
+def test_a_measured_width_follows_the_scale_of_the_data() -> None:
+    rows, _ = moons()
+    small, large = fitted(rows, 3, None), fitted(100.0 * rows, 3, None)
+    assert float(small.gamma / large.gamma) == pytest.approx(1e4, rel=1e-4)
+    torch.testing.assert_close(small(rows).abs(), large(100.0 * rows).abs(), atol=1e-2, rtol=0)
+    # the fourth neighbour of 200 is one in fifty
+    square = torch.cdist(rows, rows).square().sort(1).values[:, 4].median()
+    assert float(torch.exp(-small.gamma * square)) == pytest.approx(np.exp(-0.5), rel=1e-3)
+
+
+def test_fewer_rows_than_landmarks_and_rows_that_repeat_change_nothing() -> None:
+    rows, _ = moons(50)
+    alone = fitted(rows, 2, 5.0)
+    roomy = fitted(torch.cat((rows, rows)), 2, 5.0, landmarks=120)
+    torch.testing.assert_close(alone(rows), roomy(rows), atol=1e-5, rtol=0)
+    # a landmark that is not there is no neighbour, wherever its zeros lie
+    away = fitted(rows + 100.0, 2, 5.0, landmarks=60)
+    assert float(away(torch.zeros(1, 2)).norm()) == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(DataError, match=r"spectral codes of 3 clusters .* found 2 .* model.landmarks"):
+        fitted(torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(9, 1), 3, 5.0)
+
+
+def test_the_map_is_no_part_of_a_model_that_predicts() -> None:
+    row = METHODS["dmae-spectral"]
+    model = MixtureModel(row, replace(row.settings, hidden=(8,), landmarks=20), 6, 3)
+    assert not [name for name in model.prediction_state() if name.startswith("spectral")]
+    assert {"spectral.landmarks", "spectral.directions"} < set(model.training_state())
+    codes = model.spectral_codes(torch.randn(5, 6))
+    assert codes.shape == (5, 10)
+    assert not codes[:, 3:].any()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"landmarks": 0}, "model.landmarks is 0; expected at least 1"),
+        ({"spectral_gamma": 0.0}, "model.spectral_gamma is 0.0; expected a number above 0"),
+        ({"code_size": 2}, "codes of 2 numbers hold no spectral codes of 3 clusters"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(model: dict[str, Any], message: str) -> None:
+    row = METHODS["dmae-spectral"]
+    with pytest.raises(ValueError, match=message):
+        MixtureModel(row, replace(row.settings, **model), 6, 3)
+
+
+def test_learning_codes_that_no_phase_has_found_is_refused() -> None:
+    row = METHODS["dmae-spectral"]
+    without = replace(row, phases=(replace(row.phases[0], begin=()), *row.phases[1:]))
+    with pytest.raises(ValueError, match=r"phases.pretrain.begin=\[spectral_map\]"):
+        without.check_training()
+    row.check_training()
