@@ -42,6 +42,7 @@ _LOSS_TERMS = {
     "squared_reconstruction": "AE reconstruction",
     "layer_reconstruction": "reconstruction of every layer",
     "mixed_reconstruction": "reconstruction from the mixed centroid",
+    "unit_reconstruction": "AE reconstruction",
 }
 _NO_NETWORK = ("-", "none", "identity", "")
 

@@ -257,6 +257,16 @@ def _reconstruction(s: Scene) -> Tensor:
     return _squared_reconstruction(s) / s.model.n_features
 
 
+def _unit_reconstruction(s: Scene) -> Tensor:
+    """Mean over features of the squared error of x from its codes as the energies see them.
+
+    Codes that all move along one direction draw together on the unit sphere; a decoder that is given them as
+    they are does not notice, and so does nothing against it.
+    """
+    z = s.model.energy_codes(_codes(s)) * s.model.code_radius
+    return s.model.network.recon_error(z, s.x) / s.model.n_features
+
+
 def _mixed_reconstruction(s: Scene) -> Tensor:
     """Mean over features of the squared error of x from the mixed centroid (DMAE Eq 17, 18)."""
     theta, _ = _centroids(s).mix(_log_p(s).exp())
@@ -332,6 +342,7 @@ TERMS: dict[str, Term] = {
     "reconstruction": Term(_reconstruction, frozenset({"codes"})),
     "squared_reconstruction": Term(_squared_reconstruction, frozenset({"codes"})),
     "mixed_reconstruction": Term(_mixed_reconstruction, frozenset({"codes", "energies", "gate"})),
+    "unit_reconstruction": Term(_unit_reconstruction, frozenset({"codes"})),
     "fourier_regression": Term(_fourier_regression, frozenset({"codes"})),
     "spectral_regression": Term(_spectral_regression, frozenset({"codes"})),
     "layer_reconstruction": Term(_layer_reconstruction, frozenset({"codes", "clean_layers"})),

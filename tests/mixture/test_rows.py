@@ -393,6 +393,31 @@ def test_consolidation_teaches_the_gate_what_the_sharpened_responsibilities_say(
     assert torch.autograd.grad(loss.sum(), energies, allow_unused=True)[0] is None
 
 
+def test_a_decoder_of_unit_codes_notices_that_all_codes_draw_together() -> None:
+    """Codes that move along one direction are near on the unit sphere; a decoder can take the move back."""
+    model = model_of("dmae-exp", hidden=(8,), code_size=J)
+    model.code_radius.fill_(1.5)
+    x, z = torch.rand(B, J), torch.randn(B, J)
+    moved = z + 50.0 * torch.eye(J)[0]
+
+    def errors(codes: Tensor) -> tuple[float, ...]:
+        scene = Scene(model, x, View(z=codes), {})
+        with torch.no_grad():
+            return tuple(
+                float(value(name, scene).mean()) for name in ("reconstruction", "unit_reconstruction")
+            )
+
+    at_length = 1.5 * z / z.norm(dim=1, keepdim=True)
+    assert errors(z)[1] == pytest.approx(errors(at_length)[0], rel=1e-5)
+    # a decoder that learns to take the move away; it does not help where codes come at one length
+    first = model.network.decoder.layers[0]
+    before, apart = errors(z)
+    with torch.no_grad():
+        first.bias -= 50.0 * first.weight[0]
+    assert errors(moved)[0] == pytest.approx(before, rel=1e-3)
+    assert abs(errors(moved)[1] - apart) > 0.01 * apart
+
+
 # ---- networks and experts
 
 
@@ -476,14 +501,6 @@ def test_images_are_turned_and_shifted_as_far_as_asked_and_no_farther() -> None:
     assert float((turned - moved).abs().max()) > 0.1
     again = augment(x, (1, 16, 16), 0.3, 2.0, Noise(0, 3, [0], [200], "cpu"))
     torch.testing.assert_close(again, augment(x, (1, 16, 16), 0.3, 2.0, noise), atol=0, rtol=0)
-
-
-def test_random_fourier_features_are_a_gaussian_kernel() -> None:
-    model = model_of("dmae-fourier", n_features=2, code_size=4000, fourier_gamma=0.7)
-    x = torch.randn(20, 2)
-    kernel = torch.exp(-0.7 * torch.cdist(x, x).square())
-    features = model.fourier_features(x)
-    torch.testing.assert_close(features @ features.t(), kernel, atol=0.08, rtol=0)
 
 
 def test_draws_are_normal_and_keyed() -> None:

@@ -1,4 +1,4 @@
-"""The spectral codes that an encoder can learn first: what they are on landmarks, and on any other row."""
+"""Codes that an encoder can learn first: spectral ones, on landmarks and any other row; Fourier features."""
 
 from __future__ import annotations
 
@@ -118,3 +118,12 @@ def test_learning_codes_that_no_phase_has_found_is_refused() -> None:
     with pytest.raises(ValueError, match=r"phases.pretrain.begin=\[spectral_map\]"):
         without.check_training()
     row.check_training()
+
+
+def test_random_fourier_features_are_a_gaussian_kernel() -> None:
+    row = METHODS["dmae-fourier"]
+    model = MixtureModel(row, replace(row.settings, hidden=(8,), code_size=4000, fourier_gamma=0.7), 2, 4)
+    x = torch.randn(20, 2)
+    kernel = torch.exp(-0.7 * torch.cdist(x, x).square())
+    features = model.fourier_features(x)
+    torch.testing.assert_close(features @ features.t(), kernel, atol=0.08, rtol=0)
