@@ -27,8 +27,9 @@ from distclust.mixture.terms import AGGREGATOR_TERMS, TERMS, Scene, Stats, View,
 Asks = Literal["all", "own", "gate"]
 """The experts whose energies a pass computes: all, the pseudo-label's, those that the gate names."""
 TEACHER = "teacher"
-_FOR_TRAINING = (TEACHER, "spectral")
 """The submodule that holds the frozen copies."""
+_FOR_TRAINING = (TEACHER, "spectral")
+"""Submodules that a model which only predicts does not keep."""
 
 
 class MixtureModel(nn.Module):
@@ -86,6 +87,11 @@ class MixtureModel(nn.Module):
             self.register_buffer("fourier_phase", 2.0 * torch.pi * torch.rand(self.code_size))
         if "spectral_regression" in method.terms:
             self._check_code_size("spectral codes of")
+            if settings.landmarks < n_clusters:
+                raise ValueError(
+                    f"model.landmarks is {settings.landmarks}; the spectral codes of {n_clusters} clusters "
+                    "need as many landmarks at least, and some fifty a cluster to be of use"
+                )
             self.spectral = SpectralMap(settings.landmarks, n_features, n_clusters, settings.spectral_gamma)
         if method.has_teacher:
             self.teacher = nn.ModuleDict()

@@ -101,7 +101,8 @@ class ModelSettings:
     fourier_gamma: float = 1.0
     """Width of the Gaussian kernel exp(-gamma ||x - y||^2) whose random features an encoder learns first."""
     landmarks: int = 500
-    """Rows whose affinities give an encoder's spectral codes; D numbers each, kept while it is trained."""
+    """Rows M whose affinities give an encoder's spectral codes: M^2 numbers once, and M D while it is
+    trained."""
     spectral_gamma: float | None = None
     """gamma in the affinity exp(-gamma ||x - y||^2) of spectral codes; measured on landmarks when not set."""
     rotation: float = 0.0

@@ -103,6 +103,7 @@ def test_the_map_is_no_part_of_a_model_that_predicts() -> None:
     [
         ({"landmarks": 0}, "model.landmarks is 0; expected at least 1"),
         ({"spectral_gamma": 0.0}, "model.spectral_gamma is 0.0; expected a number above 0"),
+        ({"landmarks": 2}, "model.landmarks is 2; the spectral codes of 3 clusters need as many"),
         ({"code_size": 2}, "codes of 2 numbers hold no spectral codes of 3 clusters"),
     ],
 )

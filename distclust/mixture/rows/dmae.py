@@ -155,7 +155,7 @@ DMAE_TEXT = Method(
 
 # A decoder of the codes as they are does not notice that all of them move along one direction, where they
 # draw together on the unit sphere: every energy falls, and on RCV1 one cluster was left. At 1 the energies
-# still win there, and from 10 to 30 nothing changes.
+# still win there; 30 is as 10.
 _HELD = ("unit_reconstruction", 10.0)
 
 DMAE_UNIT = replace(
