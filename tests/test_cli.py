@@ -121,6 +121,13 @@ def test_methods_in_brief_is_one_line_a_row():
     assert call("methods", "--brief", "dmae").output.startswith("dmae ")
 
 
+def test_the_documents_count_and_name_every_row():
+    root = Path(__file__).parent.parent
+    assert f"# {len(METHODS) + len(ESTIMATORS)} methods of" in (root / "README.md").read_text()
+    named = (root / "docs" / "methods.md").read_text()
+    assert [name for name in (*METHODS, *ESTIMATORS) if f"`{name}`" not in named] == []
+
+
 def test_methods_of_one_name_is_that_row_in_full():
     text = plain(call("methods", "damic-text").output)
     for said in (
