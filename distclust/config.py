@@ -187,7 +187,7 @@ class RunConfig:
         if self.method not in ESTIMATORS:
             method_row(self.method)
             try:
-                self.row.check_training()  # its other rules are checked as it is made
+                self.row.check_training(self.clusters)  # its other rules are checked as it is made
             except ValueError as error:
                 raise ConfigError(str(error)) from None
         most = self.cluster.worker_range[1]

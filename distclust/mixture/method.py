@@ -74,8 +74,11 @@ class Method:
             for name, _ in phase.terms:
                 one_of(f"{where}, phase {phase.name}: term", name, TERMS)
                 used.add(name)
-            for name in (*phase.statistics, *phase.begin):
-                one_of(f"{where}, phase {phase.name}: statistic", name, {*STATISTICS, *STARTS, SPECTRAL_MAP})
+            for name in phase.statistics:
+                one_of(f"{where}, phase {phase.name}: statistic", name, STATISTICS)
+            for name in phase.begin:
+                known = {*STATISTICS, *STARTS, SPECTRAL_MAP}
+                one_of(f"{where}, phase {phase.name}: begin", name, known)
         names = AGGREGATOR_TERMS.get(self.aggregator, frozenset())
         by_em = any("em" in phase.statistics for phase in self.phases)
         if names and self.phases and not used & names and not by_em:
@@ -91,8 +94,9 @@ class Method:
         if self.settings.expert_threshold:
             self._check_top_experts(where)
 
-    def check_training(self) -> None:
-        """Refuse settings that only a phase would use, where no phase does.
+    def check_training(self, n_clusters: int) -> None:
+        """Refuse settings that only a phase would use, where no phase does, and phases that lack what they
+        need.
 
         Not part of `check`: a trained model keeps its settings and not its phases.
 
@@ -106,20 +110,48 @@ class Method:
                 f"{where}: model.balance and model.sharpen change the teacher of the term lse_clean_teacher, "
                 "which no phase has; use damic-text, or leave model.balance at 0 and model.sharpen at 1"
             )
-        mapped = False
-        for phase in self.phases:
-            mapped = mapped or SPECTRAL_MAP in phase.begin
-            if "spectral_regression" in dict(phase.terms) and not mapped:
-                raise ValueError(
-                    f"{where}, phase {phase.name}: spectral_regression learns codes that no phase has found; "
-                    f"say phases.{phase.name}.begin=[{SPECTRAL_MAP}] as well"
-                )
+        if "unit_reconstruction" in self.terms and not self.settings.unit_codes:
+            raise ValueError(
+                f"{where}: unit_reconstruction rebuilds rows from codes of length 1, and model.unit_codes is "
+                "false; say reconstruction in its place, or set model.unit_codes to true"
+            )
+        self._check_first_codes(where, n_clusters)
         measured = any("temperature" in phase.begin for phase in self.phases)
         if self.settings.tau_spread is not None and self.phases and not measured:
             raise ValueError(
                 f"{where}: model.tau_spread is {self.settings.tau_spread}, and no phase begins by measuring "
                 "the energies' spread, so nothing would come of it; say phases.joint.begin=[temperature] as "
                 "well (or the phase whose loss has tau), or set model.tau"
+            )
+
+    def _check_first_codes(self, where: str, n_clusters: int) -> None:
+        """Spectral codes have to be found before they are learnt, and be learnt when they are found."""
+        s, plain = self.settings, ModelSettings()
+        learns = [i for i, phase in enumerate(self.phases) if "spectral_regression" in dict(phase.terms)]
+        finds = [i for i, phase in enumerate(self.phases) if SPECTRAL_MAP in phase.begin]
+        if learns and not any(i <= learns[0] for i in finds):
+            name = self.phases[learns[0]].name
+            raise ValueError(
+                f"{where}, phase {name}: spectral_regression learns codes that no phase has found; say "
+                f"phases.{name}.begin=[{SPECTRAL_MAP}] as well"
+            )
+        if finds and not any(i >= finds[-1] for i in learns):
+            name = self.phases[finds[-1]].name
+            raise ValueError(
+                f"{where}, phase {name} begins by finding spectral codes, and no phase from there on learns "
+                f"them; add the term spectral_regression, or leave {SPECTRAL_MAP} out"
+            )
+        for name in ("landmarks", "spectral_gamma", "fourier_gamma"):
+            term = "fourier_regression" if name == "fourier_gamma" else "spectral_regression"
+            if self.phases and getattr(s, name) != getattr(plain, name) and term not in self.terms:
+                raise ValueError(
+                    f"{where}: model.{name} is {getattr(s, name)}, and no phase has the term {term}, so "
+                    "nothing would come of it; leave it out"
+                )
+        if learns and s.landmarks < n_clusters:
+            raise ValueError(
+                f"{where}: model.landmarks is {s.landmarks}, and the spectral codes of {n_clusters} clusters "
+                f"need as many: set it to at least {n_clusters}, better to fifty a cluster"
             )
 
     def _check_top_experts(self, where: str) -> None:
@@ -164,7 +196,7 @@ class Method:
             raise ValueError(f"{where}: without energies only a gate of its own and TARGET can be trained")
         if without and self.readout in ("energy", "responsibility"):
             raise ValueError(f"{where}: without energies there is no {self.readout} to read out")
-        if self.network == "none" and self.terms & {"reconstruction", "squared_reconstruction"}:
+        if self.network == "none" and any("reconstruction" in name for name in self.terms):
             raise ValueError(f"{where}: without a network there is nothing to reconstruct")
         if self.network != "variational" and "variational_entropy" in self.terms:
             raise ValueError(f"{where}: variational_entropy needs a variational network")

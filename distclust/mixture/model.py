@@ -28,8 +28,8 @@ Asks = Literal["all", "own", "gate"]
 """The experts whose energies a pass computes: all, the pseudo-label's, those that the gate names."""
 TEACHER = "teacher"
 """The submodule that holds the frozen copies."""
-_FOR_TRAINING = (TEACHER, "spectral")
-"""Submodules that a model which only predicts does not keep."""
+_FOR_TRAINING = (TEACHER, "spectral", "fourier_weight", "fourier_phase")
+"""What a model that only predicts does not have."""
 
 
 class MixtureModel(nn.Module):
@@ -40,10 +40,11 @@ class MixtureModel(nn.Module):
         settings: sizes and temperatures, the row's own or a recipe's.
         n_features: D, features of a row.
         n_clusters: K.
+        for_training: whether it has what only training needs: a frozen teacher, what an encoder learns first.
 
     Raises:
-        ValueError: settings that these rows cannot have: an image of another size, AE-CM's orthonormal
-            centroids in fewer directions than clusters.
+        ValueError: settings that these rows cannot have: an image of another size, orthonormal centroids or
+            spectral codes in codes of fewer numbers than clusters.
     """
 
     tau: Tensor
@@ -59,7 +60,15 @@ class MixtureModel(nn.Module):
     experts: Any
     energy: CentroidEnergy | GaussianEnergy | None
 
-    def __init__(self, method: Method, settings: ModelSettings, n_features: int, n_clusters: int):
+    def __init__(
+        self,
+        method: Method,
+        settings: ModelSettings,
+        n_features: int,
+        n_clusters: int,
+        *,
+        for_training: bool = True,
+    ):
         super().__init__()
         self.method, self.settings = method, settings
         self.n_features, self.n_clusters = n_features, n_clusters
@@ -67,8 +76,6 @@ class MixtureModel(nn.Module):
         self._check_image()
         self.network = self._build_network()
         self.code_size: int = self.network.code_size
-        if "orthonormality" in method.terms:
-            self._check_code_size("orthonormal centroids for")
         self.experts = None
         if method.energy == "experts":
             self.experts = build_experts(self.n_expert_inputs, n_clusters, settings)
@@ -80,23 +87,8 @@ class MixtureModel(nn.Module):
         self.register_buffer("pseudo_centroids", torch.zeros(n_clusters, self.code_size))
         # DCN's counts start at 100, as its authors' code has them
         self.register_buffer("cluster_counts", torch.full((n_clusters,), 100.0, dtype=torch.float64))
-        if "fourier_regression" in method.terms:
-            # exp(-gamma ||x - y||^2) as an inner product of cosines (Rahimi & Recht 2007)
-            deviation = (2.0 * settings.fourier_gamma) ** 0.5
-            self.register_buffer("fourier_weight", deviation * torch.randn(n_features, self.code_size))
-            self.register_buffer("fourier_phase", 2.0 * torch.pi * torch.rand(self.code_size))
-        if "spectral_regression" in method.terms:
-            self._check_code_size("spectral codes of")
-            if settings.landmarks < n_clusters:
-                raise ValueError(
-                    f"model.landmarks is {settings.landmarks}; the spectral codes of {n_clusters} clusters "
-                    "need as many landmarks at least, and some fifty a cluster to be of use"
-                )
-            self.spectral = SpectralMap(settings.landmarks, n_features, n_clusters, settings.spectral_gamma)
-        if method.has_teacher:
-            self.teacher = nn.ModuleDict()
-            for name, part in self._answering().items():
-                self.teacher[name] = _frozen_twin(self, name, part)
+        if for_training:
+            self._build_for_training()
 
     # ---- the parts
 
@@ -107,6 +99,24 @@ class MixtureModel(nn.Module):
                 f"model.image is {list(image)}, which is {image[0] * image[1] * image[2]} numbers, and a row "
                 f"has {self.n_features}; expected channels x height x width to be the length of a row"
             )
+
+    def _build_for_training(self) -> None:
+        """What an encoder learns first, and the frozen teacher."""
+        method, s = self.method, self.settings
+        if "orthonormality" in method.terms:
+            self._check_code_size("orthonormal centroids for")
+        if "fourier_regression" in method.terms:
+            # exp(-gamma ||x - y||^2) as an inner product of cosines (Rahimi & Recht 2007)
+            deviation = (2.0 * s.fourier_gamma) ** 0.5
+            self.register_buffer("fourier_weight", deviation * torch.randn(self.n_features, self.code_size))
+            self.register_buffer("fourier_phase", 2.0 * torch.pi * torch.rand(self.code_size))
+        if "spectral_regression" in method.terms:
+            self._check_code_size("spectral codes of")
+            self.spectral = SpectralMap(s.landmarks, self.n_features, self.n_clusters, s.spectral_gamma)
+        if method.has_teacher:
+            self.teacher = nn.ModuleDict()
+            for name, part in self._answering().items():
+                self.teacher[name] = _frozen_twin(self, name, part)
 
     def _check_code_size(self, what: str) -> None:
         if self.code_size < self.n_clusters:
@@ -171,11 +181,7 @@ class MixtureModel(nn.Module):
 
     def prediction_state(self) -> dict[str, Tensor]:
         """`state_dict` without what only training needs."""
-        return {n: t for n, t in self.state_dict().items() if n.split(".")[0] not in _FOR_TRAINING}
-
-    def training_state(self) -> dict[str, Tensor]:
-        """The rest of `state_dict`."""
-        return {n: t for n, t in self.state_dict().items() if n.split(".")[0] in _FOR_TRAINING}
+        return without_training(self.state_dict())
 
     # ---- the frozen teacher
 
@@ -412,3 +418,8 @@ def _frozen_twin(model: MixtureModel, name: str, part: nn.Module) -> nn.Module:
         twin: nn.Module = builders[name]()
     twin.load_state_dict(part.state_dict())
     return twin.requires_grad_(False)
+
+
+def without_training(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state without what only training needs."""
+    return {name: tensor for name, tensor in state.items() if name.split(".")[0] not in _FOR_TRAINING}

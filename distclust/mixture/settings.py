@@ -101,8 +101,8 @@ class ModelSettings:
     fourier_gamma: float = 1.0
     """Width of the Gaussian kernel exp(-gamma ||x - y||^2) whose random features an encoder learns first."""
     landmarks: int = 500
-    """Rows M whose affinities give an encoder's spectral codes: M^2 numbers once, and M D while it is
-    trained."""
+    """Rows M whose affinities give an encoder's spectral codes: M^2 numbers once, and M D in the model while
+    it is trained, so in its checkpoints."""
     spectral_gamma: float | None = None
     """gamma in the affinity exp(-gamma ||x - y||^2) of spectral codes; measured on landmarks when not set."""
     rotation: float = 0.0
@@ -134,8 +134,8 @@ class ModelSettings:
         positive = ("tau", "alpha", "tau_spread", "degrees", "target_kappa", "sharpen")
         for name in (*positive, "fourier_gamma", "spectral_gamma"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"model.{name} is {value}; expected a number above 0")
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"model.{name} is {value}; expected a finite number above 0")
         for name in ("balance", "target_eta", "rotation", "shift"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; expected 0 or more")
@@ -240,8 +240,8 @@ class Phase:
     statistics: tuple[str, ...] = ()
     """Statistics kept while it runs."""
     begin: tuple[str, ...] = ()
-    """What happens once as it begins: 'initialise_clusters', another start, or a statistic with
-    when = 'begin'."""
+    """What happens once as it begins: 'initialise_clusters', another start, 'spectral_map', or a statistic
+    with when = 'begin'."""
     noise: tuple[str, ...] = ()
     """Submodules whose dropout is on; 'augment' disturbs images."""
     sweep_epochs: int = 1

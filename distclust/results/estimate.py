@@ -163,7 +163,8 @@ def estimate(
     corpus = documents * (8 * nonzeros + 4 + 24)
     parameters = sum(p.numel() for p in model.parameters())
     trained = max((cost.trained(phase) for phase in config.phases), default=0)
-    device = 4 * (parameters + trained * (4 if here.devices > 1 else 3)) + cost.activation_bytes(rows)
+    kept = parameters + sum(b.numel() for b in model.buffers())
+    device = 4 * (kept + trained * (4 if here.devices > 1 else 3)) + cost.activation_bytes(rows)
     codes = 4 * min(documents, config.initialise.sample) * model.code_size
     host = _PROCESS_BYTES + _STREAM_BYTES + 2 * codes + (0 if here.gpu else device)
     resident = here.gpu and corpus <= (here.memory - device) / 2
@@ -262,8 +263,7 @@ class _Cost:
 
     def trained(self, phase: Phase) -> int:
         """Parameters with gradients."""
-        modules = (getattr(self.model, name) for name in phase.trains)
-        return sum(p.numel() for module in modules if module is not None for p in module.parameters())
+        return sum(p.numel() for name, p in self.model.named_parameters() if phase.trains_parameter(name))
 
     def step(self, phase: Phase, rows: int) -> float:
         """Operations of one step of so many rows."""
@@ -272,10 +272,14 @@ class _Cost:
         needs = self.model._with_what_they_need(
             frozenset().union(*(TERMS[name].needs for name, _ in phase.terms))
         )
-        decodes = any("reconstruction" in name for name, _ in phase.terms)
+        decodes = sum("reconstruction" in name for name, _ in phase.terms)
         total = 0.0
         if "codes" in needs or decodes:
-            total += self._module(self.model.network, rows, "network" in phase.trains, decodes)
+            encoding = self._module(self.model.network, rows, phase.trains_network, decodes=False)
+            decoding = self._module(self.model.network, rows, phase.trains_network) - encoding
+            total += encoding + decodes * decoding
+        if "spectral_regression" in dict(phase.terms):
+            total += 2 * rows * self.nonzeros * len(self.model.spectral.bias) * _SPARSE_SLOWDOWN
         if "energies" in needs and self.model.experts is not None:
             asked = {"all": self.model.n_clusters, "own": 1.0, "gate": _ASKED}
             share = min(1.0, asked[self.model.asks(phase, self.device)] / self.model.n_clusters)

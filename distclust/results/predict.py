@@ -26,7 +26,7 @@ from distclust.corpus.vocabulary import VOCABULARY_FILE, Vocabulary, remap
 from distclust.errors import CheckpointError, DataError
 from distclust.mixture.imports import is_import_path
 from distclust.mixture.methods import METHODS, ModelSettings, find_method
-from distclust.mixture.model import MixtureModel
+from distclust.mixture.model import MixtureModel, without_training
 from distclust.mixture.sparse import SparseRows
 from distclust.training.provenance import code_version
 
@@ -175,11 +175,13 @@ class Predictor:
         made: dict[str, Any] = {key: _as_tuple(value) for key, value in settings.items()}
         try:
             row = dataclasses.replace(find_method(method), settings=ModelSettings(**made))
-            model = MixtureModel(row, row.settings, about["n_features"], about["n_clusters"])
+            model = MixtureModel(
+                row, row.settings, about["n_features"], about["n_clusters"], for_training=False
+            )
         except ValueError as error:  # an import path that was not allowed, above all
             raise CheckpointError(f"{path}: {error}") from error
-        # what only training needs is not in the file
-        model.load_state_dict(load_file(folder / WEIGHTS_FILE) | model.training_state())
+        # files of earlier versions have Fourier features, which only training needs
+        model.load_state_dict(without_training(load_file(folder / WEIGHTS_FILE)))
         vocabulary = Vocabulary.load(folder / VOCABULARY_FILE) if VOCABULARY_FILE in hashes else None
         return cls(model, about, vocabulary, device)
 

@@ -134,19 +134,19 @@ def fit_spectral_map(model: MixtureModel, stream: Stream, world: World) -> None:
     """Spectral codes of an evenly drawn sample of rows, for the encoder to learn.
 
     Raises:
-        DataError: when fewer rows of the sample than clusters differ.
+        DataError: when fewer rows of the sample than clusters differ or have neighbours.
     """
     spectral = model.spectral
 
     def dense(x: Rows) -> Tensor:
         return x.to_dense() if isinstance(x, SparseRows) else x
 
-    size = min(len(spectral.absent), stream.corpus.n_rows)
+    size = min(len(spectral.bias), stream.corpus.n_rows)
     rows = world.gather_rows(_sample(stream, world, size, dense, model.n_features))
 
     def fit() -> str:
-        spectral.fit(rows)
-        log.info("spectral codes: %d landmarks, gamma %.6g", size, spectral.gamma)
+        kept = spectral.fit(rows)
+        log.info("spectral codes: %d landmarks of %d rows, gamma %.6g", kept, size, spectral.gamma)
         return ""
 
     world.on_first(fit)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from sklearn.datasets import make_moons
 
-from distclust.errors import DataError
+from distclust.config import resolve
+from distclust.errors import ConfigError, DataError
 from distclust.mixture.methods import METHODS
 from distclust.mixture.model import MixtureModel
 from distclust.mixture.sparse import SparseRows
@@ -81,10 +82,12 @@ def test_fewer_rows_than_landmarks_and_rows_that_repeat_change_nothing() -> None
     alone = fitted(rows, 2, 5.0)
     roomy = fitted(torch.cat((rows, rows)), 2, 5.0, landmarks=120)
     torch.testing.assert_close(alone(rows), roomy(rows), atol=1e-5, rtol=0)
-    # a landmark that is not there is no neighbour, wherever its zeros lie
+    # a landmark that is not there is no neighbour, wherever it would lie
     away = fitted(rows + 100.0, 2, 5.0, landmarks=60)
     assert float(away(torch.zeros(1, 2)).norm()) == pytest.approx(1.0, abs=1e-5)
-    with pytest.raises(DataError, match=r"spectral codes of 3 clusters .* found 2 .* model.landmarks"):
+    with pytest.raises(
+        DataError, match=r"spectral codes of 3 clusters .* found 2 among 18 .* model.landmarks"
+    ):
         fitted(torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(9, 1), 3, 5.0)
 
 
@@ -92,33 +95,90 @@ def test_the_map_is_no_part_of_a_model_that_predicts() -> None:
     row = METHODS["dmae-spectral"]
     model = MixtureModel(row, replace(row.settings, hidden=(8,), landmarks=20), 6, 3)
     assert not [name for name in model.prediction_state() if name.startswith("spectral")]
-    assert {"spectral.landmarks", "spectral.directions"} < set(model.training_state())
+    assert {"spectral.landmarks", "spectral.directions"} < set(model.state_dict())
+    # nor asked for when such a model is read: the same row without its first phase has neither
+    small = replace(row.settings, hidden=(8,), code_size=2)
+    reread = MixtureModel(row, small, 6, 3, for_training=False)
+    assert reread.state_dict().keys() == model.prediction_state().keys()
     codes = model.spectral_codes(torch.randn(5, 6))
     assert codes.shape == (5, 10)
     assert not codes[:, 3:].any()
+
+
+def test_a_row_without_neighbours_takes_no_code_from_the_others() -> None:
+    rows, labels = moons(300)
+    alone = torch.tensor([[0.5, 1.9], [-3.0, -3.0], [4.0, 4.0]])
+    spectral = SpectralMap(303, 2, 2, None)
+    assert spectral.fit(torch.cat((rows, alone))) == 300
+    codes = spectral(rows)
+    first = codes[labels == 0].mean(0)
+    same = (codes @ first > codes @ codes[labels == 1].mean(0)).numpy()
+    assert (same == (labels == 0)).all()
+
+
+def test_rows_far_from_the_origin_have_the_same_codes() -> None:
+    rows, _ = moons()
+    near, far = fitted(rows, 2, 30.0), fitted(rows + 1000.0, 2, 30.0)
+    a, b = near(rows), far(rows + 1000.0)
+    torch.testing.assert_close(a @ a.t(), b @ b.t(), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "message"),
+    [
+        (1e7, r"at model.spectral_gamma 1e\+07 only \d+ of 200 landmarks have neighbours.*set it lower"),
+        (1e-3, r"all landmarks are near each other: the eigenvalue of the last of 5 .*set it higher"),
+    ],
+)
+def test_a_width_that_tells_nothing_apart_is_refused(gamma: float, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        fitted(moons()[0], 5, gamma)
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         ({"landmarks": 0}, "model.landmarks is 0; expected at least 1"),
-        ({"spectral_gamma": 0.0}, "model.spectral_gamma is 0.0; expected a number above 0"),
-        ({"landmarks": 2}, "model.landmarks is 2; the spectral codes of 3 clusters need as many"),
-        ({"code_size": 2}, "codes of 2 numbers hold no spectral codes of 3 clusters"),
+        ({"landmarks": 2}, "model.landmarks is 2, and the spectral codes of 9 clusters need as many"),
+        ({"spectral_gamma": 0.0}, "model.spectral_gamma is 0.0; expected a finite number above 0"),
+        ({"spectral_gamma": float("inf")}, "model.spectral_gamma is inf; expected a finite number"),
+        ({"fourier_gamma": 5.0}, "model.fourier_gamma is 5.0, and no phase has the term fourier_regression"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(model: dict[str, Any], message: str) -> None:
-    row = METHODS["dmae-spectral"]
-    with pytest.raises(ValueError, match=message):
-        MixtureModel(row, replace(row.settings, **model), 6, 3)
+    with pytest.raises(ConfigError, match=message):
+        resolve({"method": "dmae-spectral", "clusters": 9, "model": model})
 
 
-def test_learning_codes_that_no_phase_has_found_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"phases": {"pretrain": {"begin": []}}}, r"say phases.pretrain.begin=\[spectral_map\]"),
+        (
+            {"phases": {"pretrain": {"terms": [["reconstruction", 1.0]]}}},
+            "no phase from there on learns them; add the term spectral_regression",
+        ),
+        (
+            {"method": "dmae-fourier", "model": {"landmarks": 40}},
+            "model.landmarks is 40, and no phase has the term spectral_regression",
+        ),
+        ({"phases": {"pretrain": {"statistics": ["spectral_map"]}}}, "statistic"),
+        ({"method": "dmae-exp", "model": {"unit_codes": False}}, "say reconstruction in its place"),
+        (
+            {"method": "dmm", "phases": {"joint": {"terms": [["mix", 1.0], ["unit_reconstruction", 1.0]]}}},
+            "nothing to reconstruct",
+        ),
+    ],
+)
+def test_phases_that_do_not_go_together_are_refused(recipe: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve({"method": "dmae-spectral", "clusters": 9, **recipe})
+
+
+def test_codes_of_fewer_numbers_than_clusters_are_refused() -> None:
     row = METHODS["dmae-spectral"]
-    without = replace(row, phases=(replace(row.phases[0], begin=()), *row.phases[1:]))
-    with pytest.raises(ValueError, match=r"phases.pretrain.begin=\[spectral_map\]"):
-        without.check_training()
-    row.check_training()
+    with pytest.raises(ValueError, match="codes of 2 numbers hold no spectral codes of 3 clusters"):
+        MixtureModel(row, replace(row.settings, code_size=2), 6, 3)
 
 
 def test_random_fourier_features_are_a_gaussian_kernel() -> None:

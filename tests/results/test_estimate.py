@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from distclust.cli import app
 from distclust.config import RunConfig, resolve
 from distclust.errors import ConfigError
+from distclust.mixture.methods import METHODS
 from distclust.mixture.model import MixtureModel
 from distclust.mixture.sparse import SparseRows
 from distclust.results.estimate import Estimate, Machine, estimate, parse_bits
@@ -38,10 +39,30 @@ def on_paper(method: str = "ae-kmeans", documents: int = 64_000, **machine: Any)
 
 
 def test_parameters_are_those_of_the_model() -> None:
-    for method in ("ae-kmeans", "damic", "idec", "dmae-lse"):
+    for method in METHODS:
         c = config(method)
         real = MixtureModel(c.row, c.model, TERMS, c.clusters)
-        assert on_paper(method).parameters == sum(p.numel() for p in real.parameters())
+        paper = on_paper(method, devices=2)
+        assert paper.parameters == sum(p.numel() for p in real.parameters())
+        for phase, said in zip(c.phases, paper.phases, strict=True):
+            trained = sum(p.numel() for n, p in real.named_parameters() if phase.trains_parameter(n))
+            assert said.sent == 4 * trained, (method, phase.name)  # two devices send what each has once
+
+
+def test_what_a_row_decodes_and_compares_with_is_counted() -> None:
+    flops = {m: {p.name: p.flops for p in on_paper(m).phases} for m in ("dmae-text", "dmae-unit")}
+    assert flops["dmae-unit"]["pretrain"] == flops["dmae-text"]["pretrain"]
+    assert flops["dmae-unit"]["joint"] > 1.3 * flops["dmae-text"]["joint"]  # it decodes twice
+    few, many = (
+        estimate(
+            config("dmae-spectral", model={"landmarks": n, "hidden": [48], "code_size": 16}),
+            64_000,
+            Machine(),
+        )
+        for n in (50, 5000)
+    )
+    assert many.phases[0].flops > few.phases[0].flops
+    assert many.device_bytes - few.device_bytes == pytest.approx(4 * TERMS * 4950, rel=0.05)
 
 
 @pytest.mark.parametrize(("method", "phase"), [("ae-kmeans", "pretrain"), ("damic", "experts")])
