@@ -24,6 +24,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     # precisions of 61 rows are large: at 0.01 rounding errors grow from step to step
     "dmae-text": {"model": {"dissimilarity": "mahalanobis"}, "learning_rate": 0.001},
     "dmae-lse": {"learning_rate": 0.001},
+    "dmae-spectral": {"learning_rate": 0.001},
     "vade": {"learning_rate": 0.001},
 }
 """Changes of a row's configuration."""
