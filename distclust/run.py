@@ -322,7 +322,7 @@ class _Job:
     def fit(self) -> None:
         """scikit-learn's row in place of training; done again after a loss, unless all is assigned."""
         self.listener.stage("train")
-        if find_assigned(self.config, self.corpus, self.folder / ASSIGNMENTS) is None:
+        if find_assigned(self.config, self.corpus, self.folder / ASSIGNMENTS, replace=True) is None:
             with self.done.timed("train"), self.done.timed("fit"):
                 self.fitted = fit_estimator(self.config, self.corpus)
 
@@ -340,7 +340,10 @@ class _Job:
                 self.model,
                 self.corpus_root,
                 self.folder / ASSIGNMENTS,
-                AssignConfig(workers=cluster.worker_range[1], gpus_per_worker=cluster.gpus_per_worker),
+                # an earlier version may have exported the model that the last start assigned with
+                AssignConfig(
+                    workers=cluster.worker_range[1], gpus_per_worker=cluster.gpus_per_worker, replace=True
+                ),
                 listener=self.listener,
             )
 

@@ -82,3 +82,20 @@ def test_a_summary_that_was_lost_is_written_again(tmp_path: Path) -> None:
     assert {key: again[key] for key in ("acc", "n_documents")} == {
         key: summary[key] for key in ("acc", "n_documents")
     }
+
+
+@pytest.mark.parametrize("method", ["damic-text", "k-means"])
+def test_a_run_that_goes_on_with_another_version_replaces_its_own_assignments(
+    tmp_path: Path, method: str
+) -> None:
+    """A setting that is new, or another scikit-learn, makes another model of the same weights."""
+    config = tiny_run(write_jsonl(tmp_path / "a.jsonl", records(60)), method=method)
+    run = tmp_path / "run"
+    summary = train_run(config, run)
+    manifest = run / "assignments" / "_manifest.json"
+    now = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(now) | {"model": "0" * 64}))
+    done = run / "done.json"
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"finished": False}))
+    assert train_run(config, run)["acc"] == summary["acc"]
+    assert json.loads(manifest.read_text())["model"] == json.loads(now)["model"]

@@ -62,6 +62,8 @@ class AssignConfig:
     """GPUs that a task takes; more than 0 predicts on the GPU."""
     all_probabilities: bool = False
     """Write the probabilities of all K clusters too."""
+    replace: bool = False
+    """Whether assignments of another model in the folder are made anew, and not refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +169,7 @@ def _assign(
         "all_probabilities": call.config.all_probabilities,
         **data,
     }
-    done = find_finished(call.out, plan)
+    done = find_finished(call.out, plan, call.config.replace)
     if done is not None:
         logger.info("%s holds these assignments already (%d documents)", call.out, done.n_documents)
         return done

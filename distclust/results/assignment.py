@@ -119,8 +119,13 @@ def part_name(part: int) -> str:
     return f"part-{part:05d}.parquet"
 
 
-def find_finished(out: Path, plan: dict[str, Any]) -> Assignment | None:
+def find_finished(out: Path, plan: dict[str, Any], replace: bool = False) -> Assignment | None:
     """The assignments in OUT, if they are those of the plan; None if there is nothing yet.
+
+    Args:
+        out: the folder.
+        plan: what the assignments are made from.
+        replace: whether others are removed, and not refused: for a folder that is a run's own.
 
     Raises:
         DataError: they are others, or OUT is something else.
@@ -138,6 +143,10 @@ def find_finished(out: Path, plan: dict[str, Any]) -> Assignment | None:
     if unlike:
         names = {"model": "another model", "data": "other documents", "all_probabilities": "other columns"}
         what = ", ".join(names.get(key, f"another {key}") for key in unlike)
+        if replace:
+            logger.info("%s holds assignments of %s; starting anew", out, what)
+            shutil.rmtree(out)
+            return None
         raise DataError(
             f"{out} holds assignments of {what}; expected the same or none: give another folder with --out, "
             "or remove this one."

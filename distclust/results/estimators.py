@@ -375,13 +375,13 @@ def _telling(what: str) -> Iterator[None]:
 # ---- assigning
 
 
-def find_assigned(config: RunConfig, corpus: Corpus, out: Path) -> Assignment | None:
-    """The assignments of this very estimator, where they are finished.
+def find_assigned(config: RunConfig, corpus: Corpus, out: Path, replace: bool = False) -> Assignment | None:
+    """The assignments of this very estimator, where they are finished; `replace` removes others.
 
     Raises:
         DataError: `out` holds something else.
     """
-    return find_finished(out, _plan(config, corpus))
+    return find_finished(out, _plan(config, corpus), replace)
 
 
 def assign_fitted(

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from distclust.mixture import terms
-from distclust.mixture.convolutional import ConvolutionalAutoencoder, augment
+from distclust.mixture.convolutional import ConvolutionalAutoencoder
 from distclust.mixture.energies import CentroidEnergy, DissimilarityOptions, GaussianEnergy, StudentEnergy
 from distclust.mixture.experts import LowRankExperts
 from distclust.mixture.gates import TiedGate
@@ -481,31 +481,3 @@ def test_cross_entropy_of_sparse_rows_is_that_of_dense_ones() -> None:
     expected = torch.nn.functional.binary_cross_entropy_with_logits(h @ w.t() + b, x, reduction="none").sum(1)
     torch.testing.assert_close(cross_entropy(x, h, w, b), expected)
     torch.testing.assert_close(cross_entropy(sparse, h, w, b), expected)
-
-
-def test_images_are_turned_and_shifted_as_far_as_asked_and_no_farther() -> None:
-    image = torch.zeros(1, 16, 16)
-    image[0, 6:10, 6:10] = 1.0
-    x = image.flatten()[None].repeat(200, 1)
-    noise = Noise(0, 3, [0], [200], "cpu")
-    still = augment(x, (1, 16, 16), 0.0, 0.0, noise)
-    torch.testing.assert_close(still, x, atol=1e-5, rtol=0)
-    moved = augment(x, (1, 16, 16), 0.0, 2.0, noise).view(-1, 16, 16)
-    mass = moved.sum((1, 2))
-    torch.testing.assert_close(mass, torch.full((200,), 16.0), atol=1e-3, rtol=0)
-    rows = (moved.sum(2) * torch.arange(16.0)).sum(1) / mass - 7.5
-    assert 1.5 < float(rows.abs().max()) <= 2.0 + 1e-4
-    nobody = augment(x[:0], (1, 16, 16), 0.3, 2.0, Noise(0, 3, [0], [0], "cpu"))
-    assert nobody.shape == (0, 256)  # a worker without rows in a step
-    turned = augment(x, (1, 16, 16), 0.3, 0.0, noise).view(-1, 16, 16)
-    assert float((turned - moved).abs().max()) > 0.1
-    again = augment(x, (1, 16, 16), 0.3, 2.0, Noise(0, 3, [0], [200], "cpu"))
-    torch.testing.assert_close(again, augment(x, (1, 16, 16), 0.3, 2.0, noise), atol=0, rtol=0)
-
-
-def test_draws_are_normal_and_keyed() -> None:
-    draws = Noise(1, 2, [0, 1], [300, 300], "cpu").normal("z", 50)
-    assert abs(float(draws.mean())) < 0.02
-    assert float(draws.std()) == pytest.approx(1.0, abs=0.02)
-    one_lane = Noise(1, 2, [1], [300], "cpu").normal("z", 50)
-    assert torch.equal(draws[300:], one_lane)
