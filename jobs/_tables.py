@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from distclust.training.differences import differences
 
 PROTOCOLS = ("cpu", "paper")
 OTHER_PHASES = "*"
+TRIALS = "trials"
 MACHINE = "machine.json"
 FAILED = "failed.json"
 # of a run's settings, those that do not change what it finds
@@ -161,30 +163,54 @@ class Table:
 
 
 def table_names() -> list[str]:
-    """The packaged tables."""
-    folder = resources.files("jobs") / "tables"
+    """The packaged tables, without the trials beside them."""
+    return _packaged(resources.files("jobs") / "tables")
+
+
+def trial_names() -> list[str]:
+    """The packaged trials: ``trials/NAME`` has what was tried beside a table, on its documents."""
+    return [f"{TRIALS}/{name}" for name in _packaged(resources.files("jobs") / "tables" / TRIALS)]
+
+
+def _packaged(folder: Traversable) -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
 def load_table(table: str) -> Table:
     """A table by its packaged name, or by the path of a YAML file.
 
+    A file with ``like: TABLE`` has its own title, words and rows, and everything else from that table.
+
     Raises:
         ConfigError: there is none, or it has an unknown key (the nearest is named) or a wrong value.
     """
     path = Path(table)
-    if path.suffix not in (".yaml", ".yml"):
-        if table not in table_names():
-            raise ConfigError(f"no table {table!r}{_nearest(table, table_names())}")
-        with resources.as_file(resources.files("jobs") / "tables" / f"{table}.yaml") as file:
-            return _parse(read_recipe(file), table)
-    return _parse(read_recipe(path), path.stem)
+    by_path = path.suffix in (".yaml", ".yml")
+    data = read_recipe(path) if by_path else _read_packaged(table)
+    if "like" in data:
+        other = _read_packaged(str(data.pop("like")))
+        if "like" in other:
+            raise ConfigError(f"table {table} is like one that is itself like {other['like']}; name that one")
+        missing = [key for key in ("title", "words") if key not in data]
+        if missing:
+            raise ConfigError(f"table {table} is like another; give it {' and '.join(missing)} of its own")
+        general = {key: value for key, value in other.items() if key not in ("rows", "sections")}
+        data = merge_recipes(general, data)
+    return _parse({"name": path.stem if by_path else table, **data})
 
 
-def _parse(data: dict[str, Any], name: str) -> Table:
+def _read_packaged(name: str) -> dict[str, Any]:
+    names = [*table_names(), *trial_names()]
+    if name not in names:
+        raise ConfigError(f"no table {name!r}{_nearest(name, names)}")
+    with resources.as_file(resources.files("jobs").joinpath("tables", *f"{name}.yaml".split("/"))) as file:
+        return read_recipe(file)
+
+
+def _parse(data: dict[str, Any]) -> Table:
     import pydantic
 
-    data = {"name": name, **data}
+    name = data["name"]
     if "rows" in data:  # one section, which needs no name
         if "sections" in data:
             raise ConfigError(f"table {name} has both rows and sections; expected one of them")

@@ -4,6 +4,7 @@ A table is a YAML file of `jobs/tables/`. Each cell (a row, a protocol, a seed) 
 `--runs` and in MLflow, one Ray task with one thread. A cell that is finished is never run again, one that
 failed is named with its reason and tried again when the command is given again, and the others go on. The
 documents of a table are prepared once for each way of preparing them. `--no-run` only writes what is there.
+What was tried beside a table is a table too, `trials/NAME`, which `all` leaves out.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from jobs._tables import (
     plan,
     read_cells,
     table_names,
+    trial_names,
 )
 
 SCORES = ("nmi_geometric", "nmi_arithmetic", "ari", "acc")
@@ -421,7 +423,8 @@ def _compare_seeds(lines: Sequence[Line]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0 when all is well, 1 when a cell failed, 2 for a wrong table or option."""
     parser = argparse.ArgumentParser(prog="python -m jobs.paper_tables", description=__doc__)
-    parser.add_argument("table", help=f"a YAML file, all, or one of: {', '.join(table_names())}")
+    names = [*table_names(), *trial_names()]
+    parser.add_argument("table", help=f"a YAML file, all, or one of: {', '.join(names)}")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="cpu")
     parser.add_argument("--seeds", type=int, help="seeds 0 to N-1; by default as many as the table says")
     parser.add_argument("--runs", default="runs/tables", help="where runs and prepared documents are kept")

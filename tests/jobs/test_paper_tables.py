@@ -27,6 +27,7 @@ from jobs._tables import (
     plan,
     read_cells,
     table_names,
+    trial_names,
 )
 from jobs.paper_tables import main, markdown, prepare_cell, run_cell, write_between
 
@@ -150,7 +151,39 @@ def test_a_table_or_row_that_is_not_there_is_refused(tiny: Path, capsys: pytest.
     assert "--only 'ones' is no row of tiny" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", table_names())
+def test_a_table_like_another_has_its_documents_and_protocols_with_rows_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "like: builtin\ntitle: Mine\nwords: W.\nseeds: 2\nrows: [{label: one, method: damic-text}]\n"
+    )
+    mine, other = load_table(str(path)), load_table("builtin")
+    assert (mine.title, mine.seeds, [row.label for _, row in mine.rows()]) == ("Mine", 2, ["one"])
+    assert (mine.recipe, mine.protocols, mine.paired_with) == (
+        other.recipe,
+        other.protocols,
+        other.paired_with,
+    )
+    (line,) = plan(mine, "cpu", 1, tmp_path)
+    first = next(line for line in plan(other, "cpu", 1, tmp_path) if line.row.method == "damic-text")
+    assert line.cells[0].corpus == first.cells[0].corpus
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("like: builtim\ntitle: T\nwords: W.", "no table 'builtim'; did you mean 'builtin'"),
+        ("like: builtin\ntitle: T", "is like another; give it words of its own"),
+        ("like: trials/builtin\ntitle: T\nwords: W.", "itself like builtin; name that one"),
+    ],
+)
+def test_what_a_table_may_be_like(head: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{head}\nrows: [{{label: one, method: damic-text}}]\n")
+    with pytest.raises(ConfigError, match=said):
+        load_table(str(path))
+
+
+@pytest.mark.parametrize("name", [*table_names(), *trial_names()])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_table_resolves_for_the_methods_and_documents_that_exist(
     name: str, protocol: str, tmp_path: Path
