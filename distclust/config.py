@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import json
 import logging
 import re
@@ -30,7 +29,7 @@ from distclust.corpus.shards import ShardConfig
 from distclust.corpus.sources import SourceConfig
 from distclust.corpus.stream import StreamConfig
 from distclust.corpus.vocabulary import VocabularyConfig
-from distclust.errors import ConfigError
+from distclust.errors import ConfigError, nearest
 from distclust.mixture.catalogue import ESTIMATORS, EstimatorConfig
 from distclust.mixture.imports import allow_modules, is_import_path
 from distclust.mixture.methods import METHODS, Method, ModelSettings, Phase, find_method
@@ -221,7 +220,7 @@ def method_row(name: str) -> Method:
         raise ConfigError(f"method is {name!r}, which is scikit-learn's; expected a row with phases to train")
     if name not in METHODS and not is_import_path(name):
         known = [*METHODS, *ESTIMATORS]
-        raise ConfigError(f"method is {name!r}, which is not in the table{_nearest(name, known)}")
+        raise ConfigError(f"method is {name!r}, which is not in the table{nearest(name, known)}")
     try:
         return find_method(name)
     except ValueError as error:
@@ -278,7 +277,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
         text = (resources.files("distclust") / "recipes" / f"{recipe}.yaml").read_text()
     else:
         raise ConfigError(
-            f"no recipe named {str(recipe)!r}{_nearest(str(recipe), recipe_names())}; "
+            f"no recipe named {str(recipe)!r}{nearest(str(recipe), recipe_names())}; "
             "a file's name ends in .yaml"
         )
     try:
@@ -372,7 +371,7 @@ def _merge_phases(row: Method, changes: Mapping[str, Any]) -> list[dict[str, Any
     for name, change in changes.items():
         if name not in names:
             raise ConfigError(
-                f"phases.{name} is unknown: {row.name} has {', '.join(names)}{_nearest(name, names)}"
+                f"phases.{name} is unknown: {row.name} has {', '.join(names)}{nearest(name, names)}"
             )
         _check_keys(Phase, change, f"phases.{name}")
     merged = []
@@ -442,7 +441,7 @@ def _check_keys(cls: type, data: Any, where: str) -> None:
     for key, value in data.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in hints:
-            raise ConfigError(f"unknown key {name!r}{_nearest(str(key), hints)}")
+            raise ConfigError(f"unknown key {name!r}{nearest(str(key), hints)}")
         inner = _dataclass_in(hints[key])
         if inner is not None and isinstance(value, Mapping):
             _check_keys(inner, value, name)
@@ -452,10 +451,3 @@ def _dataclass_in(hint: Any) -> type | None:
     """The dataclass that a field's annotation holds, through unions."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
-
-
-def _nearest(name: str, names: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?` when something is near, else the list."""
-    names = sorted(names)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; expected one of: {', '.join(names)}"

@@ -5,6 +5,9 @@ Every message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class DistclustError(Exception):
     """The base of every error that a user can mend; the command line prints it without a trace."""
@@ -32,3 +35,10 @@ class ClusterError(DistclustError, RuntimeError):
 
 class TrackingError(DistclustError, RuntimeError):
     """The tracking server cannot be used."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """How a message on an unknown name ends: `; did you mean 'x'?` when something is near, else the list."""
+    names = sorted(names)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; expected one of: {', '.join(names)}"

@@ -8,7 +8,6 @@ protocol, the protocol's ``epochs``, the row's ``recipe``, the row's for the pro
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -23,7 +22,7 @@ from distclust.config import RunConfig, from_dict, read_recipe, resolve, to_dict
 from distclust.corpus.named import NAMED_SETS
 from distclust.corpus.sources import SourceConfig
 from distclust.corpus.vocabulary import VocabularyConfig
-from distclust.errors import ConfigError
+from distclust.errors import ConfigError, nearest
 from distclust.mixture.catalogue import ESTIMATORS
 from distclust.mixture.methods import METHODS
 from distclust.run_folder import SUMMARY, is_finished, read_json, stored_config
@@ -142,11 +141,11 @@ class Table:
                 raise ValueError(f"{where} needs a method or baseline_of, and not both")
             if row.baseline_of is not None and row.baseline_of.row not in labels:
                 name = row.baseline_of.row
-                raise ValueError(f"{where}: baseline_of.row is {name!r}{_nearest(name, labels)}")
+                raise ValueError(f"{where}: baseline_of.row is {name!r}{nearest(name, labels)}")
             named = [*section.per_protocol, *row.per_protocol, *row.hours]
             for name in (*named, *(row.published.protocols if row.published else ())):
                 if name not in PROTOCOLS:
-                    raise ValueError(f"{where}: protocol {name!r}{_nearest(name, PROTOCOLS)}")
+                    raise ValueError(f"{where}: protocol {name!r}{nearest(name, PROTOCOLS)}")
             place = cell_name(section, row)
             if place in slugs:
                 raise ValueError(f"{where}: another row's runs have the name {place!r} too; rename one")
@@ -202,7 +201,7 @@ def load_table(table: str) -> Table:
 def _read_packaged(name: str) -> dict[str, Any]:
     names = [*table_names(), *trial_names()]
     if name not in names:
-        raise ConfigError(f"no table {name!r}{_nearest(name, names)}")
+        raise ConfigError(f"no table {name!r}{nearest(name, names)}")
     with resources.as_file(resources.files("jobs").joinpath("tables", *f"{name}.yaml".split("/"))) as file:
         return read_recipe(file)
 
@@ -237,7 +236,7 @@ def _check_keys(cls: type, data: Any, where: str) -> None:
     known = [f.name for f in fields(cls)]
     for key, value in data.items():
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{_nearest(str(key), known)}")
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
         part = _PARTS.get(cls, {}).get(key)
         if part is None or value is None:
             continue
@@ -250,12 +249,6 @@ def _check_keys(cls: type, data: Any, where: str) -> None:
                 _check_keys(part, item, f"{where}, protocol {name}")
         else:
             _check_keys(part, value, f"{where}.{key}")
-
-
-def _nearest(name: str, names: Any) -> str:
-    names = sorted(names)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; expected one of: {', '.join(names)}"
 
 
 # ---- the recipe of a cell
