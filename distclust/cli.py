@@ -1,5 +1,5 @@
-"""The command line: `distclust prepare | train | assign | evaluate | demo | methods | estimate | generate |
-replay`.
+"""The command line: `distclust prepare | train | assign | evaluate | agree | demo | methods | estimate |
+generate | replay`.
 
 Everything is done by `run.py`; here are the words around it. Errors that a user can mend are printed as one
 paragraph: exit code 2 for a configuration or documents that cannot be used, 1 for everything else.
@@ -256,8 +256,9 @@ def evaluate(
     with reporting_errors(debug):
         from distclust.results.report import SCORE_NAMES, score_table
         from distclust.run import evaluate_run
+        from distclust.run_folder import corpus_of
 
-        found = evaluate_run(assignments, corpus if corpus is not None else _corpus_of(assignments))
+        found = evaluate_run(assignments, corpus if corpus is not None else corpus_of(assignments))
         if as_json:
             out.print(json.dumps(found, indent=1), soft_wrap=True, markup=False)
             return
@@ -265,6 +266,34 @@ def evaluate(
         out.print(
             f"{scored_line(found)} {found['clusters']} clusters, {found['classes']} classes.", soft_wrap=True
         )
+
+
+@app.command()
+def agree(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN RUN [...]", help="Runs, or what `assign` wrote, or Parquet with id and cluster."
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every pair.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say how far runs agree on the same documents (NMI), and which of them agrees most with the others.
+
+    It takes no label. Of several settings, each run with some seeds, take the one whose seeds agree most; of
+    the seeds, the run that agrees most with the others. It compares settings of one method, and does not
+    choose between methods. Documents are matched by id.
+
+    Example: distclust agree runs/seed-0 runs/seed-1 runs/seed-2
+    """
+    with reporting_errors(debug):
+        from distclust.console import print_agreement
+        from distclust.results.agreement import agreement
+        from distclust.run_folder import assignments_of
+
+        found = agreement([assignments_of(run) for run in runs])
+        print_agreement(found, [str(run) for run in runs], as_json)
 
 
 @app.command()
@@ -293,11 +322,12 @@ def methods(
               distclust methods idec
     """
     with reporting_errors(debug):
+        from distclust.config import table_row
         from distclust.console import print_method, print_methods
         from distclust.mixture.methods import METHODS
         from distclust.mixture.taxonomy import row_data, table_data
 
-        row = None if name is None else _row(name)
+        row = None if name is None else table_row(name)
         if as_json:
             data: Any = table_data(METHODS.values())
             if row is not None:
@@ -441,24 +471,6 @@ def _train(config: Any, folder: Path, corpus: str | None, baselines: bool) -> No
     out.print("The run was finished before; nothing was done." if before else f"This took {took}.")
 
 
-def _row(name: str) -> Any:
-    """The row of that name: of the table, of scikit-learn's, or plain data of one that is not in it."""
-    from dataclasses import asdict
-
-    from distclust.config import method_row
-    from distclust.mixture.catalogue import ESTIMATORS, MISSING
-    from distclust.mixture.imports import allow_modules, is_import_path
-
-    if name in ESTIMATORS:
-        return ESTIMATORS[name]
-    missing = {key.lower(): row for key, row in MISSING.items()}
-    if name.lower() in missing:
-        return asdict(missing[name.lower()])
-    if is_import_path(name):  # whoever names it wants it
-        allow_modules([name.partition(":")[0]])
-    return method_row(name)
-
-
 def _documents(files: Sequence[str], corpus: str | None, source: Sequence[str]) -> Any:
     from distclust.config import apply_overrides, resolve
 
@@ -472,19 +484,6 @@ def _documents(files: Sequence[str], corpus: str | None, source: Sequence[str]) 
     if not given:
         raise ConfigError("no documents are given; expected files, or --corpus with a prepared corpus")
     return resolve({"method": "damic-text", "clusters": 2, "source": given}).source
-
-
-def _corpus_of(assignments: Path) -> Path:
-    """The corpus of the run that the assignments belong to."""
-    from distclust.run_folder import SUMMARY, read_json
-
-    for folder in (assignments, assignments.parent):
-        stored = read_json(folder / SUMMARY).get("corpus")
-        if stored is not None:
-            return folder / stored
-    raise ConfigError(
-        f"{assignments} is not of a run with a corpus; expected --corpus with the labelled corpus"
-    )
 
 
 def main() -> None:

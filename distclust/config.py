@@ -30,7 +30,7 @@ from distclust.corpus.sources import SourceConfig
 from distclust.corpus.stream import StreamConfig
 from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import ConfigError, nearest
-from distclust.mixture.catalogue import ESTIMATORS, EstimatorConfig
+from distclust.mixture.catalogue import ESTIMATORS, MISSING, EstimatorConfig
 from distclust.mixture.imports import allow_modules, is_import_path
 from distclust.mixture.methods import METHODS, Method, ModelSettings, Phase, find_method
 from distclust.mixture.precision import Precision
@@ -225,6 +225,22 @@ def method_row(name: str) -> Method:
         return find_method(name)
     except ValueError as error:
         raise ConfigError(f"method: {error}") from error
+
+
+def table_row(name: str) -> Any:
+    """The row of that name: of the table, of scikit-learn's, or plain data of one that is left out.
+
+    Raises:
+        ConfigError: as `method_row`.
+    """
+    if name in ESTIMATORS:
+        return ESTIMATORS[name]
+    missing = {key.lower(): row for key, row in MISSING.items()}
+    if name.lower() in missing:
+        return dataclasses.asdict(missing[name.lower()])
+    if is_import_path(name):  # whoever names it wants it
+        allow_modules([name.partition(":")[0]])
+    return method_row(name)
 
 
 # ---- YAML at the edge

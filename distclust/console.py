@@ -6,6 +6,7 @@ and errors to the standard error.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from rich.text import Text
 from distclust.errors import ConfigError, DataError, DistclustError
 
 if TYPE_CHECKING:
+    from distclust.results.agreement import Agreement
     from distclust.run import Listener
 
 out = Console(highlight=False)
@@ -289,6 +291,24 @@ def _plain(value: Any) -> str:
 
 
 # ---- small words
+
+
+def print_agreement(found: Agreement, names: list[str], as_json: bool) -> None:
+    """How far the runs of these names agree, each with the others, and the one that agrees most."""
+    nearest = names[found.nearest]
+    if as_json:
+        pairs = {
+            name: dict(zip(names, row, strict=True))
+            for name, row in zip(names, found.pairs.tolist(), strict=True)
+        }
+        said = {"agreement": found.mean, "nearest": nearest, "pairs": pairs}
+        out.print(json.dumps(said, indent=1), soft_wrap=True, markup=False)
+        return
+    for name, value in zip(names, found.of_each, strict=True):
+        out.print(f"{value:.3f}  {name}", soft_wrap=True, markup=False)
+    out.print(f"{found.mean:.3f}  on average: NMI (arithmetic) of every two of the {len(names)}")
+    if len(names) > 2:  # two agree with each other equally
+        out.print(f"{nearest} agrees most with the others.", soft_wrap=True, markup=False)
 
 
 def scored_line(found: dict[str, Any]) -> str:

@@ -56,10 +56,12 @@ from distclust.results.pictures import PICTURES, save_pictures
 from distclust.results.predict import MODEL_FILE
 from distclust.results.report import SCORE_NAMES, describe_clusters
 from distclust.run_folder import (
+    ASSIGNMENTS,
     CONFIG,
     DONE,
     SUMMARY,
     Done,
+    assignments_of,
     check_same_data,
     check_same_run,
     hold,
@@ -76,7 +78,6 @@ from distclust.training.tracking import Tracker
 log = logging.getLogger(__name__)
 
 
-ASSIGNMENTS = "assignments"
 MODEL = "model"
 
 
@@ -138,8 +139,7 @@ def assign_run(
 
 def evaluate_run(assignments: str | Path, corpus: str | Path) -> dict[str, Any]:
     """Score assignments against the labels of a corpus; see `results.evaluate.evaluate`."""
-    folder = Path(assignments)
-    return evaluate(folder / ASSIGNMENTS if (folder / SUMMARY).exists() else folder, corpus)
+    return evaluate(assignments_of(Path(assignments)), corpus)
 
 
 def model_folder(path: str | Path) -> Path:

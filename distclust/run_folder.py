@@ -36,6 +36,7 @@ LOCK = "lock"
 CONFIG = "config.json"
 DONE = "done.json"
 SUMMARY = "summary.json"
+ASSIGNMENTS = "assignments"
 BEAT_S = 15.0
 """Seconds between two signs of life of a holder."""
 DEAD_AFTER_S = 120.0
@@ -346,3 +347,26 @@ def lost_baselines(run_dir: str | Path) -> bool:
     kept = summary.get("checkpoint")
     without = bool(summary.get("scored")) and not Done(folder / DONE).baselines
     return without and kept is not None and not (folder / kept).exists()
+
+
+# ---- what is found in it
+
+
+def assignments_of(folder: Path) -> Path:
+    """The assignments of a finished run, or the folder itself where it is none."""
+    return folder / ASSIGNMENTS if (folder / SUMMARY).exists() else folder
+
+
+def corpus_of(assignments: Path) -> Path:
+    """The corpus of the run that is, or has, the assignments.
+
+    Raises:
+        ConfigError: they are of no run, or of one that does not say.
+    """
+    for folder in (assignments, assignments.parent):
+        stored = read_json(folder / SUMMARY).get("corpus")
+        if stored is not None:
+            return folder / stored
+    raise ConfigError(
+        f"{assignments} is not of a run with a corpus; expected --corpus with the labelled corpus"
+    )

@@ -25,6 +25,7 @@ from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import ConfigError, nearest
 from distclust.mixture.catalogue import ESTIMATORS
 from distclust.mixture.methods import METHODS
+from distclust.results.agreement import Agreement
 from distclust.run_folder import SUMMARY, is_finished, read_json, stored_config
 from distclust.training.differences import differences
 
@@ -356,8 +357,8 @@ class Line:
     """Reasons by seed."""
     machines: set[str] = field(default_factory=set)
     """Date and machine of the finished cells."""
-    agreement: float | None = None
-    """Mean NMI between the clusters of every two finished seeds."""
+    agreement: Agreement | None = None
+    """Between the clusters of the finished seeds, where there are two or more."""
 
 
 def plan(table: Table, protocol: str, seeds: int, runs: Path) -> list[Line]:

@@ -25,10 +25,10 @@ from typing import Any
 from distclust.config import from_dict, to_dict
 from distclust.corpus.shards import Corpus
 from distclust.errors import ConfigError, DistclustError
+from distclust.results.agreement import agreement
 from distclust.results.evaluate import class_numbers
 from distclust.run import prepare_run, train_run
-from distclust.run_folder import DONE, Done, is_finished, write_json
-from jobs._agreement import agreement
+from distclust.run_folder import DONE, Done, assignments_of, is_finished, write_json
 from jobs._tables import (
     FAILED,
     MACHINE,
@@ -229,14 +229,14 @@ def _documents(rows: Sequence[Line]) -> str:
 def _rows(table: Table, protocol: str, seeds: int, rows: Sequence[Line]) -> list[str]:
     names = ["method", "seeds", "NMI (geometric)", "NMI (arithmetic)", "ARI", "ACC", "seconds"]
     if table.agreement:
-        names.append("agreement of seeds")
+        names += ["agreement of seeds", "NMI of the seed nearest to the others"]
     if table.published_nmi is not None:
         names += [f"published NMI ({table.published_nmi})", "published ARI", "published ACC"]
     out = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for line in rows:
         cells = [_plain(line.row.label), *_measured(line, protocol, seeds)]
         if table.agreement:
-            cells.append("" if line.agreement is None else f"{line.agreement:.3f}")
+            cells += _agreed(line)
         if table.published_nmi is not None:
             figures = line.row.published
             shown = figures is not None and protocol in figures.protocols
@@ -245,6 +245,15 @@ def _rows(table: Table, protocol: str, seeds: int, rows: Sequence[Line]) -> list
                 cells.append("" if value is None else f"{value:.{table.published_digits}f}")
         out.append(f"| {' | '.join(cells)} |")
     return out
+
+
+def _agreed(line: Line) -> list[str]:
+    """How far the seeds agree, and what the one is worth that agrees most with the others."""
+    if line.agreement is None:
+        return ["", ""]
+    nearest = line.summaries[sorted(line.summaries)[line.agreement.nearest]][PAIRED_SCORE]
+    tells_apart = len(line.summaries) > 2 and nearest is not None  # two agree with each other equally
+    return [f"{line.agreement.mean:.3f}", f"{nearest:.3f}" if tells_apart else ""]
 
 
 def _measured(line: Line, protocol: str, seeds: int) -> list[str]:
@@ -320,7 +329,8 @@ def _notes(table: Table, protocol: str, seeds: int, lines: Sequence[Line]) -> li
     if any(line.agreement is not None for line in lines):
         notes.append(
             "Agreement of seeds: mean NMI (arithmetic) between the clusters of every two runs of a row, "
-            "without any label."
+            "without any label. Beside it the NMI (arithmetic) of the seed that agrees most with the others, "
+            "which is the one to take where there are no labels (`distclust agree`)."
         )
     if any(line.cells and not line.summaries for line in lines):
         notes.append(f"Hours of what was not run are for one seed: {general.hours_from.strip()}")
@@ -415,8 +425,8 @@ def _compare_seeds(lines: Sequence[Line]) -> None:
     for line in lines:
         cells = [cell for cell in line.cells if cell.seed in line.summaries]
         try:
-            line.agreement = agreement([c.folder for c in cells], cells[0].corpus) if cells else None
-        except DistclustError as error:  # the documents or the assignments were moved away: the rest stands
+            line.agreement = agreement([assignments_of(c.folder) for c in cells]) if len(cells) > 1 else None
+        except DistclustError as error:  # the assignments were moved away: the rest stands
             _say(f"{line.row.label}: no agreement of seeds: {error}")
 
 

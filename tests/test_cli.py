@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -26,7 +27,7 @@ from distclust.mixture.taxonomy import taxonomy
 from distclust.training.tracking import SPOOL_NAME, Tracker
 from stories import records, snapshot, tiny_recipe, write_jsonl
 
-COMMANDS = ("prepare", "train", "assign", "evaluate", "demo", "methods", "generate", "replay")
+COMMANDS = ("prepare", "train", "assign", "evaluate", "agree", "demo", "methods", "generate", "replay")
 
 
 def call(*arguments):
@@ -66,7 +67,7 @@ def test_every_command_explains_itself(name):
     assert result.exit_code == 0
     text = plain(result.output)
     assert len(text) > 250
-    if name in ("prepare", "train", "assign", "evaluate", "methods"):
+    if name in ("prepare", "train", "assign", "evaluate", "agree", "methods"):
         assert f"Example: distclust {name}" in text or f"Examples: distclust {name}" in text
 
 
@@ -259,6 +260,23 @@ def test_evaluate_a_run(work):
     assert "60 of 60 documents scored" in text
 
 
+def test_runs_agree(work, tmp_path):
+    ids = pq.read_table(work / "run" / "assignments")["id"]
+    for name, clusters in (("a", [0, 1] * 30), ("b", [1, 0] * 30), ("c", [0] * 59 + [1])):
+        pq.write_table(pa.table({"id": ids, "cluster": clusters}), tmp_path / f"{name}.parquet")
+    files = [tmp_path / f"{name}.parquet" for name in "cab"]
+    text = call("agree", *files).stdout
+    assert f"{files[1]} agrees most with the others." in text
+    found = json.loads(call("agree", *files, "--json").stdout)
+    assert found["nearest"] == str(files[1])
+    assert found["pairs"][str(files[1])][str(files[2])] == pytest.approx(1.0)
+    two = call("agree", files[1], files[2]).stdout
+    assert "1.000  on average" in two and "agrees most" not in two
+    itself = call("agree", work / "run", work / "run" / "assignments")
+    assert itself.exit_code == 2 and "is given twice" in plain(itself.stderr)
+    assert call("agree", work / "run", files[0]).exit_code == 0  # a run and a file
+
+
 def test_a_run_of_an_estimator(work, tmp_path):
     run = tmp_path / "run"
     result = call("train", work / "tiny.yaml", "method=gmm", "--run", run)
@@ -298,6 +316,8 @@ def test_a_run_of_an_estimator(work, tmp_path):
         (["assign", "nowhere", "a.csv", "--corpus", "c"], 2, "both files and --corpus"),
         (["assign", "nowhere", "a.csv", "--source", "txt=body"], 2, "did you mean 'text'?"),
         (["evaluate", "nowhere"], 2, "expected --corpus"),
+        (["agree", "nowhere"], 2, "found 1, expected two or more"),
+        (["agree", "nowhere", "elsewhere"], 2, "nowhere holds no assignments"),
         (["evaluate", "nowhere", "--corpus", "c"], 2, "there is no folder c"),
         (["train"], 2, "Missing argument 'RECIPE'"),
         (["trian"], 2, "No such command 'trian'"),

@@ -63,30 +63,64 @@ def read_clusters(folder: str | Path, corpus: Corpus) -> tuple[NDArray[np.int64]
     Raises:
         DataError: files or columns are missing, an id is missing or appears twice.
     """
-    root = Path(folder)
-    n_clusters = 0
-    if (root / MANIFEST).exists():
-        assignment = Assignment.open(root)
-        n_clusters = len(assignment.sizes)
-        files = assignment.files
-    else:
-        files = [root] if root.is_file() else sorted(root.glob("*.parquet"))
-        if not files:
-            raise DataError(
-                f"{root} holds no assignments; expected what `distclust assign` wrote, or Parquet files."
-            )
-    table = pa.concat_tables([_read(file) for file in files])
-    wanted = pa.concat_arrays(
-        [pa.array(corpus.shard(i).ids(), pa.string()) for i in range(len(corpus.shard_rows))]
+    ids = pa.chunked_array(
+        [pa.array(corpus.shard(i).ids(), pa.string()) for i in range(len(corpus.shard_rows))], pa.string()
     )
-    found = table["id"].combine_chunks()
+    return clusters_of(folder, ids, f"of {corpus.root}")
+
+
+def document_ids(folder: str | Path) -> pa.ChunkedArray:
+    """The ids of assigned documents, in the order of their files.
+
+    Raises:
+        DataError: files or columns are missing.
+    """
+    return pa.concat_tables([_read(file) for file in _files(Path(folder))[0]])["id"]
+
+
+def clusters_of(
+    folder: str | Path, ids: pa.ChunkedArray, whose: str, only: bool = False
+) -> tuple[NDArray[np.int64], int]:
+    """The clusters (N,) of the documents with these ids, in their order, and K.
+
+    Args:
+        folder: as for `read_clusters`.
+        ids: (N,) text.
+        whose: whose ids they are, for messages.
+        only: whether the folder may have no other documents.
+
+    Raises:
+        DataError: files or columns are missing, an id is missing, appears twice or is not asked for.
+    """
+    root = Path(folder)
+    files, n_clusters = _files(root)
+    table = pa.concat_tables([_read(file) for file in files])
+    wanted, found = ids.combine_chunks(), table["id"].combine_chunks()
     if not found.equals(wanted):
-        table = table.take(_places(found, wanted, root, corpus))
+        table = table.take(_places(found, wanted, root, whose))
+        if only and len(found) != len(wanted):
+            raise DataError(
+                f"{root} has {len(found):,} documents, {len(found) - len(wanted):,} more than the "
+                f"{len(wanted):,} {whose}; expected the same documents: assign the same ones again."
+            )
     clusters = table["cluster"].to_numpy().astype(np.int64)
     if clusters.size and not 0 <= clusters.min() <= clusters.max() < MAX_CLUSTERS:
         odd = clusters.min() if clusters.min() < 0 else clusters.max()
         raise DataError(f"{root} has cluster {odd}; expected whole numbers from 0, below {MAX_CLUSTERS:,}.")
     return clusters, max(n_clusters, int(clusters.max(initial=-1)) + 1)
+
+
+def _files(root: Path) -> tuple[list[Path], int]:
+    """The files of assignments, and the clusters that they say there are (0 where they do not say)."""
+    if (root / MANIFEST).exists():
+        assignment = Assignment.open(root)
+        return assignment.files, len(assignment.sizes)
+    files = [root] if root.is_file() else sorted(root.glob("*.parquet"))
+    if not files:
+        raise DataError(
+            f"{root} holds no assignments; expected what `distclust assign` wrote, or Parquet files."
+        )
+    return files, 0
 
 
 def _read(file: Path) -> pa.Table:
@@ -114,7 +148,7 @@ def _read(file: Path) -> pa.Table:
         ) from error
 
 
-def _places(found: pa.Array, wanted: pa.Array, root: Path, corpus: Corpus) -> pa.Array:
+def _places(found: pa.Array, wanted: pa.Array, root: Path, whose: str) -> pa.Array:
     """Where each wanted id stands among those found."""
     if pc.count_distinct(found).as_py() != len(found):
         counts = pc.value_counts(found)
@@ -124,8 +158,8 @@ def _places(found: pa.Array, wanted: pa.Array, root: Path, corpus: Corpus) -> pa
     if places.null_count:
         missing = wanted.filter(places.is_null())
         raise DataError(
-            f"{root} lacks {len(missing):,} of the {len(wanted):,} documents of {corpus.root}, the first: "
-            f"{missing[0].as_py()!r}; expected one cluster for each. Is it the right corpus?"
+            f"{root} lacks {len(missing):,} of the {len(wanted):,} documents {whose}, the first: "
+            f"{missing[0].as_py()!r}; expected one cluster for each. Are they of the same corpus?"
         )
     return places
 

@@ -14,9 +14,9 @@ from sklearn.metrics import normalized_mutual_info_score
 from distclust.config import to_dict
 from distclust.corpus.shards import Corpus
 from distclust.errors import ConfigError
+from distclust.results.agreement import agreement
 from distclust.results.assignment import Assignment
 from distclust.results.evaluate import class_numbers
-from jobs._agreement import agreement
 from jobs._tables import (
     PROTOCOLS,
     Line,
@@ -383,15 +383,15 @@ def test_a_column_says_how_far_the_seeds_agree_without_labels(
     one, other = (Assignment.open(cell.folder / "assignments").clusters() for cell in lines[0].cells)
     by_sklearn = normalized_mutual_info_score(one, other)
     assert 0 < by_sklearn < 1 and corpus.n_rows == len(one)
-    found = agreement([cell.folder for cell in lines[0].cells], lines[0].cells[0].corpus)
-    assert found == pytest.approx(by_sklearn, abs=1e-12)
+    found = agreement([cell.folder / "assignments" for cell in lines[0].cells])
+    assert found.mean == pytest.approx(by_sklearn, abs=1e-12)
 
     asked = [path, "--runs", str(runs), "--no-run"]
     assert main(asked) == 0
     text = capsys.readouterr().out
-    assert "| ACC | seconds | agreement of seeds | published NMI" in text
+    assert "| seconds | agreement of seeds | NMI of the seed nearest to the others | published NMI" in text
     row = next(line for line in text.splitlines() if line.startswith("| one | 2 |"))
-    assert row.split(" | ")[7] == f"{by_sklearn:.3f}"
+    assert row.split(" | ")[7:9] == [f"{by_sklearn:.3f}", ""]  # of two, neither is nearer
     baseline = next(line for line in text.splitlines() if line.startswith("| AE (l2) + k-means | 2 |"))
     assert baseline.split(" | ")[7] == ""
     assert "between the clusters of every two runs of a row, without any label" in text
@@ -399,7 +399,21 @@ def test_a_column_says_how_far_the_seeds_agree_without_labels(
     alone = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| one | 1 |"))
     assert alone.split(" | ")[7] == ""
 
-    shutil.rmtree(lines[0].cells[0].corpus)
+    three = plan(load_table(path), "cpu", 3, runs)
+    run_all(three)
+    read_cells(three)
+    places = [cell.folder / "assignments" for cell in three[0].cells]
+    of_each = [
+        sum(normalized_mutual_info_score(a, b) for j, b in enumerate(clusters) if j != i)
+        for clusters in [[Assignment.open(place).clusters() for place in places]]
+        for i, a in enumerate(clusters)
+    ]
+    nearest = three[0].summaries[of_each.index(max(of_each))]["nmi_arithmetic"]
+    assert main([*asked, "--seeds", "3"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| one | 3 |"))
+    assert row.split(" | ")[8] == f"{nearest:.3f}"
+
+    shutil.rmtree(lines[0].cells[0].folder / "assignments")
     assert main(asked) == 0
     kept = capsys.readouterr()
     assert "| one | 2 | 0." in kept.out and "one: no agreement of seeds: " in kept.err
