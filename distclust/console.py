@@ -182,8 +182,9 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     out.print()
     if empty := [c.cluster for c in clusters if not c.size]:
         out.print(
-            f"{len(empty)} of {len(clusters)} clusters have no document: ask for fewer clusters, or raise "
-            "the method's usage prior or balance.",
+            f"{len(empty)} of {len(clusters)} clusters have no document: ask for fewer clusters. Where "
+            "usage/used in the log falls during joint training, smaller steps keep them "
+            "(phases.joint.optimizer.learning_rate), or a row with a usage prior (`distclust methods`).",
             soft_wrap=True,
         )
     if summary["scored"]:
