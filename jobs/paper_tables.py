@@ -105,9 +105,10 @@ def _write_directions(text_corpus: str, path: Path) -> None:
     rows = vstack([csr_matrix((s.values, s.indices, s.offsets), (s.n_rows, width)) for s in shards])
     directions = int(path.stem.rpartition("lsa")[2])
     x = normalize(TruncatedSVD(directions, random_state=0).fit_transform(rows)).astype(np.float32)
+    numbers = class_numbers(corpus)
     partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        np.savez(partial, x=x, y=class_numbers(corpus))
+        np.savez(partial, x=x, y=np.where(numbers < 0, np.nan, numbers))  # NaN is no label
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

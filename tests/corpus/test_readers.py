@@ -169,6 +169,8 @@ def test_arrays_of_the_other_order_of_bytes(tmp_path: Path) -> None:
         ({"y": np.arange(4)}, r"y is int64 of shape \(4,\); expected \(3,\)"),
         ({"y": np.array(1)}, r"y is int64 of shape \(\)"),
         ({"y": np.array([1j, 2, 3])}, "y is complex128"),
+        ({"y": np.array([-1, 0, 1])}, r"y is -1 in 1 of 3 rows.*NaN.*astype\(str\)"),
+        ({"y": np.array([-1.0, np.nan, -1])}, "y is -1 in 2 of 3 rows"),
         ({"data": np.array([1j, 2, 3])}, "data is complex128"),
         ({"data": np.array([1, 2, 3], np.longdouble)}, "data is float128"),
         ({"indptr": np.array([0.0, 1, 2, 3])}, "indptr is float64"),
@@ -179,6 +181,21 @@ def test_arrays_of_the_other_order_of_bytes(tmp_path: Path) -> None:
 )
 def test_a_matrix_that_is_none(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     refused(npz(tmp_path / "a.npz", **(CSR | changes)), tmp_path / "c", rf"a\.npz: .*{said}")
+
+
+@pytest.mark.parametrize(
+    ("y", "found"),
+    [
+        (np.array([0, np.nan, 2]), [["0"], [], ["2"]]),
+        (np.array([-1, 1, -1]), [["-1"], ["1"], ["-1"]]),  # two classes, as many have them
+        (np.array([1.0, np.nan, -1]), [["1"], [], ["-1"]]),
+        (np.array([-1, 0, 2]).astype(str), [["-1"], ["0"], ["2"]]),
+        (np.array([0, 5, 2], np.uint8), [["0"], ["5"], ["2"]]),
+    ],
+)
+def test_rows_without_a_label(tmp_path: Path, y: np.ndarray, found: list[list[str]]) -> None:
+    corpus = prepared(npz(tmp_path / "a.npz", **CSR, y=y), tmp_path / "c")
+    assert corpus.shard(0).labels() == found
 
 
 def test_rows_of_no_numbers(tmp_path: Path) -> None:
