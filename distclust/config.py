@@ -334,11 +334,16 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """A recipe with overrides, checked and resolved; modules that its import paths name are allowed."""
     data = apply_overrides(read_recipe(recipe), overrides)
+    allow_named(data)
+    return resolve(data)
+
+
+def allow_named(data: Mapping[str, Any]) -> None:
+    """Allow the modules that a recipe's import paths name: whoever gives the recipe wants them."""
     model = data.get("model")
     settings = [model.get("dissimilarity"), model.get("network")] if isinstance(model, dict) else []
     paths = [str(value) for value in (data.get("method"), *settings) if is_import_path(str(value))]
     allow_modules(path.partition(":")[0] for path in paths)
-    return resolve(data)
 
 
 def resolve(data: Mapping[str, Any]) -> RunConfig:

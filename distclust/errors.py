@@ -40,5 +40,10 @@ class TrackingError(DistclustError, RuntimeError):
 def nearest(name: str, names: Iterable[str]) -> str:
     """How a message on an unknown name ends: `; did you mean 'x'?` when something is near, else the list."""
     names = sorted(names)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; expected one of: {', '.join(names)}"
+    return near(name, names) or f"; expected one of: {', '.join(names)}"
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """`; did you mean 'x'?` when one of the names is near, else nothing."""
+    found = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
