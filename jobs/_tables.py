@@ -1,5 +1,4 @@
-"""What a table of results is: a YAML file of `jobs/tables/`, read into `Table`; its cells, and what there is
-of them.
+"""What a table of results is: a YAML file of `jobs/tables/`, read into `Table`; the recipes of its cells.
 
 A cell is one row of the table under one protocol with one seed. Its recipe is put together from general to
 particular, later ones winning: the table's ``recipe``, the protocol's, the section's, the section's for the
@@ -8,34 +7,24 @@ protocol, the protocol's ``epochs``, the row's ``recipe``, the row's for the pro
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
-from distclust.config import RunConfig, from_dict, read_recipe, resolve, to_dict
+from distclust.config import RunConfig, allow_named, read_recipe, resolve
 from distclust.corpus.named import NAMED_SETS
-from distclust.corpus.sources import SourceConfig
-from distclust.corpus.vocabulary import VocabularyConfig
-from distclust.errors import ConfigError, nearest
+from distclust.errors import ConfigError, near, nearest
 from distclust.mixture.catalogue import ESTIMATORS
-from distclust.mixture.methods import METHODS
-from distclust.results.agreement import Agreement
-from distclust.run_folder import SUMMARY, is_finished, read_json, stored_config
-from distclust.training.differences import differences
+from distclust.mixture.imports import is_import_path
+from distclust.mixture.methods import METHODS, Method, find_method
 
 PROTOCOLS = ("cpu", "paper")
 OTHER_PHASES = "*"
 TRIALS = "trials"
-MACHINE = "machine.json"
-FAILED = "failed.json"
-# of a run's settings, those that do not change what it finds
-_FREE = ("checkpoint", "cluster", "tracking")
 Recipe = Mapping[str, Any]
 
 
@@ -65,7 +54,7 @@ class Row:
 
     label: str
     method: str | None = None
-    """A row of `distclust methods`."""
+    """A row of `distclust methods`, or the import path of one's own."""
     recipe: Recipe = field(default_factory=dict)
     per_protocol: Mapping[str, Recipe] = field(default_factory=dict)
     published: Published | None = None
@@ -132,6 +121,8 @@ class Table:
     def __post_init__(self) -> None:
         if self.agreement and self.data_by_seed:
             raise ValueError("agreement compares runs on the same documents, and data_by_seed makes others")
+        if self.seeds < 1:
+            raise ValueError(f"seeds is {self.seeds}; expected at least 1")
         if set(self.protocols) != set(PROTOCOLS):
             raise ValueError(f"protocols are {sorted(self.protocols)}; expected {' and '.join(PROTOCOLS)}")
         slugs: set[str] = set()
@@ -179,7 +170,8 @@ def _packaged(folder: Traversable) -> list[str]:
 def load_table(table: str) -> Table:
     """A table by its packaged name, or by the path of a YAML file.
 
-    A file with ``like: TABLE`` has its own title, words and rows, and everything else from that table.
+    A file with ``like: TABLE`` has its own title, words and rows, and everything else from that table. A file
+    may import what its import paths name, as a recipe may.
 
     Raises:
         ConfigError: there is none, or it has an unknown key (the nearest is named) or a wrong value.
@@ -187,6 +179,7 @@ def load_table(table: str) -> Table:
     path = Path(table)
     by_path = path.suffix in (".yaml", ".yml")
     data = read_recipe(path) if by_path else _read_packaged(table)
+    inherited: set[str] = set()
     if "like" in data:
         other = _read_packaged(str(data.pop("like")))
         if "like" in other:
@@ -195,8 +188,32 @@ def load_table(table: str) -> Table:
         if missing:
             raise ConfigError(f"table {table} is like another; give it {' and '.join(missing)} of its own")
         general = {key: value for key, value in other.items() if key not in ("rows", "sections")}
+        inherited = {name for protocol in other["protocols"].values() for name in protocol.get("epochs", ())}
         data = merge_recipes(general, data)
-    return _parse({"name": path.stem if by_path else table, **data})
+    parsed = _parse({"name": path.stem if by_path else table, **data})
+    if by_path:
+        for section, row in parsed.rows():
+            for protocol in PROTOCOLS:
+                recipe = merge_recipes(*_layers(parsed, section, row, protocol))
+                allow_named(recipe | {"method": row.method})
+    _check_epochs(parsed, inherited)
+    return parsed
+
+
+def _check_epochs(table: Table, inherited: set[str]) -> None:
+    """Refuse epochs of a phase that no row has, unless they are for the rows of the table that it is like."""
+    names = [row.method for _, row in table.rows() if row.method is not None and row.method not in ESTIMATORS]
+    methods = [_with_phases(name) for name in names]
+    known = {phase.name for method in methods if method for phase in method.phases}
+    if None in methods or not known:  # a row whose phases nobody knows says why itself; or nothing is trained
+        return
+    for protocol, general in table.protocols.items():
+        for name in general.epochs:
+            if name not in (*known, *inherited, OTHER_PHASES):
+                raise ConfigError(
+                    f"table {table.name}, protocols.{protocol}.epochs: no row has a phase "
+                    f"{name!r}{nearest(name, [*known, OTHER_PHASES])}"
+                )
 
 
 def _read_packaged(name: str) -> dict[str, Any]:
@@ -266,11 +283,32 @@ def cell_name(section: Section, row: Row) -> str:
 
 
 def what_is_missing(table: Table, section: Section, row: Row, protocol: str) -> str | None:
-    """Why the row cannot be run by this version at all; None where it can."""
-    if row.method is not None and row.method not in (*METHODS, *ESTIMATORS):
-        return f"no method {row.method!r} yet"
+    """Why the row cannot be run by this version at all; None where it can.
+
+    Raises:
+        ConfigError: the method or the data set is misspelt: one of nearly that name is there.
+    """
+    known = (*METHODS, *ESTIMATORS)
+    if row.method is not None and row.method not in known and not is_import_path(row.method):
+        return _not_there("method", row.method, known)
     name = merge_recipes(*_layers(table, section, row, protocol)).get("source", {}).get("name", "builtin")
-    return None if name in (*NAMED_SETS, "files") else f"no data set {name!r} yet"
+    sets = (*NAMED_SETS, "files")
+    return None if name in sets else _not_there("data set", str(name), sets)
+
+
+def _not_there(kind: str, name: str, known: Sequence[str]) -> str:
+    meant = near(name, known)
+    if meant:
+        raise ConfigError(f"there is no {kind} {name!r}{meant}")
+    return f"no {kind} {name!r} yet"
+
+
+def _with_phases(name: str | None) -> Method | None:
+    """The row of that name; None for scikit-learn's, which have no phases, and for what is not there."""
+    try:
+        return find_method(name or "")
+    except (KeyError, ValueError):
+        return None
 
 
 def cell_config(table: Table, section: Section, row: Row, protocol: str, seed: int) -> RunConfig:
@@ -298,7 +336,7 @@ def cell_config(table: Table, section: Section, row: Row, protocol: str, seed: i
 
 def _layers(table: Table, section: Section, row: Row, protocol: str) -> list[Recipe]:
     general = table.protocols[protocol]
-    method = METHODS.get(row.method or "")  # scikit-learn's estimators have no phases with epochs
+    method = _with_phases(row.method)
     epochs = {
         phase.name: {"epochs": general.epochs.get(phase.name, general.epochs.get(OTHER_PHASES))}
         for phase in (method.phases if method else ())
@@ -325,121 +363,3 @@ def merge_recipes(*recipes: Recipe) -> dict[str, Any]:
                 value = merge_recipes(below, value)
             merged[key] = value
     return merged
-
-
-# ---- cells on disk
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One run: a row under a protocol with one seed."""
-
-    config: RunConfig
-    folder: Path
-    corpus: Path
-    seed: int
-    documents: RunConfig | None = None
-    """Where the rows are singular directions: the run on the documents that they are made of."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Line:
-    """A row of a table, with what its cells have come to."""
-
-    section: Section
-    row: Row
-    cells: list[Cell] = field(default_factory=list)
-    missing: str | None = None
-    """Why this version cannot run the row, or what is wrong with its recipe."""
-    summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """summary.json by seed, of finished cells."""
-    failures: dict[int, str] = field(default_factory=dict)
-    """Reasons by seed."""
-    machines: set[str] = field(default_factory=set)
-    """Date and machine of the finished cells."""
-    agreement: Agreement | None = None
-    """Between the clusters of the finished seeds, where there are two or more."""
-
-
-def plan(table: Table, protocol: str, seeds: int, runs: Path) -> list[Line]:
-    """Every row with its cells; nothing is read or run."""
-    lines = []
-    for section, row in table.rows():
-        line = Line(section=section, row=row)
-        lines.append(line)
-        if row.baseline_of is not None:
-            continue
-        line.missing = what_is_missing(table, section, row, protocol)
-        if line.missing is not None:
-            continue
-        for seed in range(seeds):
-            try:
-                config = cell_config(table, section, row, protocol, seed)
-            except ConfigError as error:
-                line.missing, line.cells = str(error), []
-                break
-            documents = None
-            if section.lsa is not None:
-                documents, config = config, _on_directions(config, section.lsa, runs)
-            folder = runs / table.name / f"{protocol}-{cell_name(section, row)}-{seed}"
-            corpus = corpus_folder(config, runs)
-            cell = Cell(config=config, folder=folder, corpus=corpus, seed=seed, documents=documents)
-            line.cells.append(cell)
-    return lines
-
-
-def corpus_folder(config: RunConfig, runs: Path) -> Path:
-    """Where the documents are prepared: one folder for each source, vocabulary and way of cutting."""
-    whole = to_dict(config)
-    parts = json.dumps([whole[key] for key in ("source", "vocabulary", "shards")], sort_keys=True)
-    return runs / "corpora" / f"{config.source.name}-{hashlib.sha256(parts.encode()).hexdigest()[:10]}"
-
-
-def _on_directions(config: RunConfig, directions: int, runs: Path) -> RunConfig:
-    """The same run on rows that `paper_tables.prepare_cell` writes."""
-    folder = corpus_folder(config, runs)
-    source = SourceConfig(name="files", files=(str(folder.with_name(f"{folder.name}-lsa{directions}.npz")),))
-    return replace(config, source=source, vocabulary=VocabularyConfig(scale=1.0))
-
-
-def read_cells(lines: Sequence[Line]) -> None:
-    """Take in what is on disk: finished cells, and why others failed or cannot be taken."""
-    for line in lines:
-        line.summaries, line.failures, line.machines = {}, {}, set()
-        for cell in line.cells:
-            if is_finished(cell.folder):
-                unlike = _unlike(cell)
-                if unlike:
-                    line.failures[cell.seed] = (
-                        f"finished with other settings ({'; '.join(unlike)}); "
-                        f"move {cell.folder} away to run it again"
-                    )
-                    continue
-                line.summaries[cell.seed] = read_json(cell.folder / SUMMARY)
-                line.machines.add(read_json(cell.folder / MACHINE).get("words", "machine not known"))
-            elif (cell.folder / FAILED).exists():
-                line.failures[cell.seed] = read_json(cell.folder / FAILED)["reason"]
-    by_label = {(line.section.title, line.row.label): line for line in lines}
-    for line in lines:
-        origin = line.row.baseline_of
-        if origin is None:
-            continue
-        whole = by_label[line.section.title, origin.row]
-        for seed, summary in whole.summaries.items():
-            if origin.baseline in summary["baselines"]:
-                line.summaries[seed] = {**summary["baselines"][origin.baseline], "seconds": {}}
-            else:
-                line.failures[seed] = f"the runs of {origin.row} have no baseline {origin.baseline!r}"
-
-
-def _unlike(cell: Cell) -> list[str]:
-    """Where a finished cell was run otherwise than it is asked for now."""
-    try:
-        stored = to_dict(
-            from_dict(stored_config(cell.folder))
-        )  # fields that are newer than the run get defaults
-    except ConfigError as error:
-        return [str(error)]
-    asked = to_dict(cell.config)
-    free = {key: asked[key] for key in _FREE}
-    return [line.replace("in the checkpoint", "there") for line in differences(stored | free, asked)]

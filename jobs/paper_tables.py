@@ -18,31 +18,20 @@ import platform
 import re
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from distclust.config import from_dict, to_dict
 from distclust.corpus.shards import Corpus
-from distclust.errors import ConfigError, DistclustError
+from distclust.errors import ConfigError, DistclustError, near
+from distclust.mixture.imports import allow_modules, allowed_modules
 from distclust.results.agreement import agreement
 from distclust.results.evaluate import class_numbers
 from distclust.run import prepare_run, train_run
-from distclust.run_folder import DONE, Done, assignments_of, is_finished, write_json
-from jobs._tables import (
-    FAILED,
-    MACHINE,
-    PROTOCOLS,
-    Cell,
-    Line,
-    Table,
-    corpus_folder,
-    load_table,
-    plan,
-    read_cells,
-    table_names,
-    trial_names,
-)
+from distclust.run_folder import DONE, Done, assignments_of, write_json
+from jobs._cells import FAILED, MACHINE, Cell, Line, corpus_folder, plan, read_cell, read_cells
+from jobs._tables import PROTOCOLS, Table, load_table, table_names, trial_names
 
 SCORES = ("nmi_geometric", "nmi_arithmetic", "ari", "acc")
 PAIRED_SCORE = "nmi_arithmetic"
@@ -130,26 +119,27 @@ def _machine(gpus: int) -> str:
     return f"{words}, {name}"
 
 
-def _one_thread(config: dict[str, Any], folder: str, corpus: str, not_prepared: str | None) -> str | None:
+def _in_task(work: Callable[..., str | None], allowed: Sequence[str], *given: Any) -> str | None:
+    """`work` in a process of Ray's, with one thread and the modules that were allowed to the command."""
     import torch
 
     torch.set_num_threads(1)
-    return run_cell(config, folder, corpus, not_prepared)
+    allow_modules(allowed)
+    return work(*given)
 
 
 def run_cells(cells: Sequence[Cell]) -> dict[Path, str]:
     """Run what is not finished, as Ray tasks; why cells failed, by folder."""
     import ray
 
-    waiting = [cell for cell in cells if not is_finished(cell.folder)]
+    waiting, failed = _left_to_run(cells)
     if not waiting:
-        return {}
+        return failed
     if not ray.is_initialized():
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING, log_to_driver=False
         )
     found = int(ray.cluster_resources().get("GPU", 0))
-    failed: dict[Path, str] = {}
     for cell in waiting:
         if cell.config.cluster.gpus_per_worker > found:
             asked = cell.config.cluster.gpus_per_worker
@@ -157,8 +147,8 @@ def run_cells(cells: Sequence[Cell]) -> dict[Path, str]:
             _say(f"{cell.folder.name}: {failed[cell.folder]}")
     waiting = [cell for cell in waiting if cell.folder not in failed]
     # a task that took its process with it is named, not run over and over
-    prepare = ray.remote(num_cpus=1, max_retries=0)(prepare_cell)
-    train = ray.remote(num_cpus=1, max_retries=0)(_one_thread)
+    work = ray.remote(num_cpus=1, max_retries=0)(_in_task)
+    allowed = allowed_modules()
     prepared: dict[Path, Any] = {}
     refs: dict[Any, Cell] = {}
     for cell in waiting:
@@ -168,14 +158,30 @@ def run_cells(cells: Sequence[Cell]) -> dict[Path, str]:
             text = (
                 "" if cell.documents is None else str(corpus_folder(cell.documents, cell.corpus.parents[1]))
             )
-            prepared[cell.corpus] = prepare.remote(config, str(cell.corpus), documents, text)
-        task = train.options(num_gpus=cell.config.cluster.gpus_per_worker)
-        refs[task.remote(config, str(cell.folder), str(cell.corpus), prepared[cell.corpus])] = cell
+            prepared[cell.corpus] = work.remote(
+                prepare_cell, allowed, config, str(cell.corpus), documents, text
+            )
+        task = work.options(num_gpus=cell.config.cluster.gpus_per_worker)
+        given = (config, str(cell.folder), str(cell.corpus), prepared[cell.corpus])
+        refs[task.remote(run_cell, allowed, *given)] = cell
     for done, (cell, reason) in enumerate(_as_they_end(refs), start=1):
         if reason is not None:
             failed[cell.folder] = reason
         _say(f"{done}/{len(waiting)} {cell.folder.name}: {'finished' if reason is None else reason}")
     return failed
+
+
+def _left_to_run(cells: Sequence[Cell]) -> tuple[list[Cell], dict[Path, str]]:
+    """The cells that are not finished; and those that are damaged, by folder, with what to do."""
+    waiting, damaged = [], {}
+    for cell in cells:
+        try:
+            if not read_cell(cell)[0]:
+                waiting.append(cell)
+        except ConfigError as error:
+            damaged[cell.folder] = str(error)
+            _say(f"{cell.folder.name}: {error}")
+    return waiting, damaged
 
 
 def _as_they_end(refs: dict[Any, Cell]) -> Iterator[tuple[Cell, str | None]]:
@@ -394,21 +400,17 @@ def listing(table: Table, protocol: str, lines: Sequence[Line]) -> list[str]:
 
 
 def make(table: Table, options: argparse.Namespace) -> bool:
-    """Run and write one table; whether every cell asked for is finished."""
+    """Run and write one table; whether every row asked for is right and none of its cells failed."""
     seeds = options.seeds or table.seeds
     lines = plan(table, options.protocol, seeds, Path(options.runs).absolute())
     read_cells(lines)
     if options.list:
         sys.stdout.write("\n".join(listing(table, options.protocol, lines)) + "\n")
-        return not any(line.missing and not line.missing.startswith("no ") for line in lines)
-    labels = [line.row.label for line in lines]
-    for name in options.only:
-        if name not in labels and options.table != "all":
-            raise ConfigError(f"--only {name!r} is no row of {table.name}; its rows: {', '.join(labels)}")
+        return not any(line.wrong for line in lines)
     wanted = [line for line in lines if not options.only or line.row.label in options.only]
     for line in wanted:
         if line.missing is not None:
-            _say(f"{table.name}, {line.row.label}: {line.missing}; not run")
+            _say(f"{table.name}, {line.row.label}: not run: {line.missing}")
     failed = {} if options.no_run else run_cells([cell for line in wanted for cell in line.cells])
     read_cells(lines)
     if table.agreement:
@@ -419,7 +421,7 @@ def make(table: Table, options: argparse.Namespace) -> bool:
     else:
         title = f"{table.title} ({options.protocol})"
         write_between(Path(options.out), f"{table.name} {options.protocol}", text, title)
-    return not failed
+    return not failed and not any(line.wrong for line in wanted)
 
 
 def _compare_seeds(lines: Sequence[Line]) -> None:
@@ -431,8 +433,29 @@ def _compare_seeds(lines: Sequence[Line]) -> None:
             _say(f"{line.row.label}: no agreement of seeds: {error}")
 
 
+def _check_options(options: argparse.Namespace, tables: Sequence[Table]) -> None:
+    """Refuse what would be found out after hours, or never."""
+    if options.seeds is not None and options.seeds < 1:
+        raise ConfigError(f"--seeds is {options.seeds}; expected at least 1, or leave it out")
+    labels = [row.label for table in tables for _, row in table.rows()]
+    for name in options.only:
+        if name in labels:
+            continue
+        if options.table == "all":
+            raise ConfigError(
+                f"--only {name!r} is a row of no table{near(name, labels) or '; --list names them all'}"
+            )
+        raise ConfigError(f"--only {name!r} is no row of {tables[0].name}; its rows: {', '.join(labels)}")
+    if options.out is not None and (Path(options.out).is_dir() or not Path(options.out).parent.is_dir()):
+        raise ConfigError(
+            f"--out {options.out}: expected a Markdown file in a folder that is there; make the folder, or "
+            "give another file"
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 0 when all is well, 1 when a cell failed, 2 for a wrong table or option."""
+    """The command; 0 when all is well, 1 when a cell failed or the recipe of a row is wrong (the others are
+    run), 2 for a wrong table or option (nothing is run)."""
     parser = argparse.ArgumentParser(prog="python -m jobs.paper_tables", description=__doc__)
     names = [*table_names(), *trial_names()]
     parser.add_argument("table", help=f"a YAML file, all, or one of: {', '.join(names)}")
@@ -448,7 +471,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         names = table_names() if options.table == "all" else [options.table]
-        well = [make(load_table(name), options) for name in names]
+        tables = [load_table(name) for name in names]
+        _check_options(options, tables)
+        well = [make(table, options) for table in tables]
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

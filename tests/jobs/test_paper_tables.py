@@ -17,18 +17,8 @@ from distclust.errors import ConfigError
 from distclust.results.agreement import agreement
 from distclust.results.assignment import Assignment
 from distclust.results.evaluate import class_numbers
-from jobs._tables import (
-    PROTOCOLS,
-    Line,
-    Table,
-    corpus_folder,
-    load_table,
-    merge_recipes,
-    plan,
-    read_cells,
-    table_names,
-    trial_names,
-)
+from jobs._cells import Line, corpus_folder, plan, read_cells
+from jobs._tables import PROTOCOLS, Table, load_table, merge_recipes, table_names, trial_names
 from jobs.paper_tables import main, markdown, prepare_cell, run_cell, write_between
 from tables import changed
 
