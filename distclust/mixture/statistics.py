@@ -31,6 +31,10 @@ from distclust.mixture.terms import Scene, Stats, lse, responsibility
 if TYPE_CHECKING:
     from distclust.mixture.model import MixtureModel
 
+_LARGE = 2.0**30
+"""A normaliser adds 1e-3 to each feature: 1e-12 of a row whose sum is this. A power of two, which costs a
+float no digit."""
+
 When = Literal["begin", "epoch", "refresh", "before_step", "after_step"]
 
 
@@ -227,8 +231,9 @@ class ExpectationMaximisation:
         assert isinstance(model.gate, PriorGate)
         weights = totals["em_weights"]
         old = model.energy.centroids.data
-        means = (totals["em_sums"] / weights.clamp_min(1e-300)[:, None]).to(old.dtype)
-        model.energy.centroids.data.copy_(torch.where(weights[:, None] > 1e-12, means, old))
+        means = totals["em_sums"] / weights.clamp_min(1e-300)[:, None]  # (K, J)
+        new = (means * _scale_of_means(model)).to(old.dtype)
+        model.energy.centroids.data.copy_(torch.where(weights[:, None] > 1e-12, new, old))
         shares = (weights / totals["em_rows"].clamp_min(1)).clamp_min(1e-30)
         model.gate.logits.data.copy_(shares.log())
 
@@ -262,6 +267,13 @@ def _bregman_points(model: MixtureModel, z: Tensor) -> Tensor:
     if model.settings.dissimilarity == "kullback_leibler":
         return NORMALISERS[model.settings.normaliser](codes)
     return codes
+
+
+def _scale_of_means(model: MixtureModel) -> float:
+    """What the M-step's means are stored times: where the energy puts its centroids on the simplex once
+    more, a number that makes the normaliser's constant vanish, so that it gives the means back."""
+    s = model.settings
+    return _LARGE if s.dissimilarity == "kullback_leibler" and s.normaliser != "none" else 1.0
 
 
 def _sums_of_clusters(scene: Scene, prefix: str) -> Stats:

@@ -242,39 +242,7 @@ def test_gaussian_energy_is_the_negative_log_likelihood() -> None:
         torch.testing.assert_close(energy.pairwise(z)[:, k], -normal.log_prob(z).sum(1))
 
 
-# ---- Bregman clustering
-
-
-@pytest.mark.parametrize("name", ["squared_euclidean", "itakura_saito", "i_divergence", "kullback_leibler"])
-def test_em_means_are_weighted_averages_and_the_likelihood_rises(name: str, rows: Tensor) -> None:
-    model = model_of("bregman", dissimilarity=name, normaliser="none").double()
-    data = rows / rows.sum(1, keepdim=True) if name == "kullback_leibler" else rows
-    model.energy.centroids.data.copy_(data[:K])  # type: ignore[union-attr]
-    em, before = STATISTICS["em"], math.inf
-    for _ in range(6):
-        view = model.view(data, em.needs)
-        w = terms.responsibility(view.log_p, view.energies, model.tau).exp()  # type: ignore[arg-type]
-        totals = em.collect(Scene(model, data, view, {}))
-        em.apply(model, totals)
-        torch.testing.assert_close(
-            model.energy.centroids.data,
-            (w.t() @ data / w.sum(0)[:, None]).detach(),
-            atol=1e-6,
-            rtol=1e-6,  # type: ignore[union-attr]
-        )
-        now = float(totals["em_objective"])
-        assert now <= before + 1e-9
-        before = now
-
-
-def test_bregman_clustering_refuses_what_is_no_bregman_divergence() -> None:
-    with pytest.raises(ValueError, match="Bregman divergence only.*dmae-lse"):
-        model_of("bregman", dissimilarity="manhattan")
-
-
-def test_bregman_clustering_by_kl_needs_a_normaliser_that_leaves_means_alone() -> None:
-    with pytest.raises(ValueError, match="normaliser is 'softmax_abs'; expected one of: abs, none, plain"):
-        model_of("bregman", dissimilarity="kullback_leibler")
+# ---- what a row is refused, and what it keeps
 
 
 def test_a_balance_that_nothing_would_use_is_refused() -> None:
