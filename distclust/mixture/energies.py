@@ -148,6 +148,27 @@ DISSIMILARITIES: dict[str, Dissimilarity] = {
 }
 
 
+_OF_POSITIVES = ("itakura_saito", "i_divergence")
+_OFF_THE_SIMPLEX = 1e-3
+"""How far from 1 the sum of a row on the simplex may be, in float32."""
+
+
+def outside_domain(name: str, codes: Tensor, o: DissimilarityOptions) -> Tensor:
+    """Which rows (B,) of codes (B, J) a divergence is not defined for, where its formula clamps in silence.
+
+    Rows with values below 0 for Itakura-Saito, the I-divergence and Kullback-Leibler of rows that nothing
+    makes positive (`plain`, `none`); with `none` those whose sum is not 1 as well. Zeros are inside: a row of
+    words has them.
+    """
+    simplex = name == "kullback_leibler"
+    if name in _OF_POSITIVES or (simplex and o.normaliser in ("plain", "none")):
+        outside = (codes < 0).any(1)
+        if simplex and o.normaliser == "none":
+            outside |= (codes.sum(1) - 1.0).abs() > _OFF_THE_SIMPLEX
+        return outside
+    return torch.zeros(codes.shape[0], dtype=torch.bool, device=codes.device)
+
+
 def find_dissimilarity(name: str) -> Dissimilarity:
     """A dissimilarity of the table, or a user's own by import path: a function of codes and parameters.
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distclust.errors import DataError
 from distclust.mixture import terms
 from distclust.mixture.energies import NORMALISERS
 from distclust.mixture.methods import METHODS
@@ -104,6 +105,53 @@ def test_em_by_kl_in_float32_as_in_float64() -> None:
         model.energy.centroids.data.copy_(data[:K])  # type: ignore[union-attr]
         found.append([em_step(model, data.to(kind))[1] for _ in range(5)])
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+NEGATIVE = "of 24 rows have values below 0; expected none"
+REFUSED = [
+    ("itakura_saito", "none", f"itakura_saito, and 3 {NEGATIVE}.*squared_euclidean"),
+    ("i_divergence", "none", f"i_divergence, and 3 {NEGATIVE}.*squared_euclidean"),
+    ("kullback_leibler", "plain", f"kullback_leibler, and 3 {NEGATIVE}.*normaliser=abs or relu"),
+    ("kullback_leibler", "none", "none, and 3 of 24 rows are not on the simplex; expected.*divide rows by"),
+]
+
+
+@pytest.mark.parametrize(("name", "normaliser", "message"), REFUSED)
+def test_em_refuses_rows_outside_the_divergences_domain(name: str, normaliser: str, message: str) -> None:
+    """Counted over batches and workers, whose sums are added; a row of words has zeros, which are inside."""
+    model = model_of(2000, dissimilarity=name, normaliser=normaliser)
+    data = word_counts(2000)
+    data = data / data.sum(1, keepdim=True) if normaliser == "none" else data
+    assert (data == 0).any(1).all()
+    em_step(model, data)
+    stood = model.energy.centroids.detach().clone()  # type: ignore[union-attr]
+    data[[1, 20, 22], [0, 3, 5]] = -0.5
+    em, totals = STATISTICS["em"], dict[str, Tensor]()
+    for half in (data[:12], data[12:]):
+        for key, sums in em.collect(Scene(model, half, model.view(half, em.needs), {})).items():
+            totals[key] = totals[key] + sums if key in totals else sums
+    with pytest.raises(DataError, match=message):
+        em.apply(model, totals)
+    assert torch.equal(model.energy.centroids, stood)  # type: ignore[union-attr]
+
+
+def test_em_by_kl_without_a_normaliser_takes_rows_that_sum_to_one_and_no_others() -> None:
+    model = model_of(dissimilarity="kullback_leibler", normaliser="none")
+    data = torch.full((B, J), 1 / J, dtype=torch.float64)
+    em_step(model, data * (1 + 1e-5))
+    data[4], data[7] = 0.0, 0.5
+    with pytest.raises(DataError, match="2 of 24 rows are not on the simplex"):
+        em_step(model, data)
+
+
+@pytest.mark.parametrize(
+    ("name", "normaliser"),
+    [("squared_euclidean", "none"), ("kullback_leibler", "abs"), ("kullback_leibler", "relu")],
+)
+def test_em_takes_negative_values_where_they_are_inside(name: str, normaliser: str, rows: Tensor) -> None:
+    model = model_of(dissimilarity=name, normaliser=normaliser)
+    em_step(model, rows - 0.5)
+    assert torch.isfinite(model.energy.centroids).all()  # type: ignore[union-attr]
 
 
 def test_bregman_clustering_refuses_what_is_no_bregman_divergence() -> None:
