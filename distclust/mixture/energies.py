@@ -223,8 +223,13 @@ class CentroidEnergy(nn.Module):
             # the factor L of each precision P = L L'
             self.factors = nn.Parameter(torch.eye(code_size).repeat(n_clusters, 1, 1))
 
-    def pairwise(self, codes: Tensor) -> Tensor:
-        """d(z, theta_k) (B, K); for Mahalanobis, less `log_det * 0.5 log det P_k`."""
+    def pairwise(self, codes: Tensor, nat: Tensor | float = 1.0) -> Tensor:
+        """d(z, theta_k) (B, K); for Mahalanobis, less `log_det * nat * 0.5 log det P_k`.
+
+        Args:
+            codes: (B, J).
+            nat: what one nat is in units of the distance: the temperature by which the gate divides it.
+        """
         if self._expand:
             return _expanded(self._name, codes, self.centroids)
         if self.factors is None:
@@ -232,7 +237,7 @@ class CentroidEnergy(nn.Module):
         diff = codes[:, None, :] - self.centroids  # (B, K, J)
         d = torch.einsum("bkj,kji->bki", diff, self.factors).square().sum(-1)  # (B, K)
         if self._log_det:
-            d = d - self._log_det * torch.linalg.slogdet(self.factors).logabsdet
+            d = d - self._log_det * nat * torch.linalg.slogdet(self.factors).logabsdet
         return d
 
     def mix(self, p: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -244,15 +249,17 @@ class CentroidEnergy(nn.Module):
         precision = self.factors @ self.factors.transpose(1, 2)  # (K, J, J)
         return theta, torch.einsum("bk,kij->bij", p, precision)
 
-    def rowwise(self, codes: Tensor, theta: tuple[Tensor, Tensor | None]) -> Tensor:
-        """d(z, theta~) (B,)."""
+    def rowwise(
+        self, codes: Tensor, theta: tuple[Tensor, Tensor | None], nat: Tensor | float = 1.0
+    ) -> Tensor:
+        """d(z, theta~) (B,), with the log-determinant of P~ as `pairwise` has that of P_k."""
         centre, precision = theta
         if precision is None:
             return self.dissimilarity.formula(codes, centre, self.options)
         diff = codes - centre  # (B, J)
         d = torch.einsum("bi,bij,bj->b", diff, precision, diff)
         if self._log_det:
-            d = d - self._log_det * 0.5 * torch.linalg.slogdet(precision).logabsdet
+            d = d - self._log_det * nat * 0.5 * torch.linalg.slogdet(precision).logabsdet
         return d
 
 
@@ -264,7 +271,7 @@ class StudentEnergy(CentroidEnergy):
         super().__init__(n_clusters, code_size, "squared_euclidean", DissimilarityOptions())
         self._a = degrees
 
-    def pairwise(self, codes: Tensor) -> Tensor:
+    def pairwise(self, codes: Tensor, nat: Tensor | float = 1.0) -> Tensor:
         return (self._a + 1) / 2 * torch.log1p(super().pairwise(codes) / self._a)
 
 

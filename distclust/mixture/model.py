@@ -149,8 +149,7 @@ class MixtureModel(nn.Module):
                 return GaussianEnergy(k, self.code_size)
             case "dissimilarity":
                 options = DissimilarityOptions(p=s.p, interval=s.interval, normaliser=s.normaliser)
-                # the log-determinant joins the distance on the scale of 1 / alpha
-                return CentroidEnergy(k, self.code_size, s.dissimilarity, options, s.log_det / s.alpha)
+                return CentroidEnergy(k, self.code_size, s.dissimilarity, options, s.log_det)
             case _:
                 return None
 
@@ -169,6 +168,14 @@ class MixtureModel(nn.Module):
                 return PriorGate(k)
             case _:
                 return HardGate()
+
+    @property
+    def nat(self) -> Tensor | float:
+        """One nat in units of the distances: what a gate divides them by. Under a prior gate that is tau, as
+        it was set, measured or annealed; else 1 / alpha."""
+        if isinstance(self.gate, TiedGate):  # it is a PriorGate too
+            return 1.0 / self.gate.alpha
+        return self.tau if isinstance(self.gate, PriorGate) else 1.0 / self.settings.alpha
 
     @property
     def n_expert_inputs(self) -> int:
@@ -246,7 +253,7 @@ class MixtureModel(nn.Module):
         assert z is not None
         if isinstance(self.energy, GaussianEnergy):
             return self.energy.pairwise(self.energy_codes(z), variance)
-        return self.energy.pairwise(self.energy_codes(z))
+        return self.energy.pairwise(self.energy_codes(z), self.nat)
 
     def energies_of(self, x: Rows, routes: Routes) -> Tensor:
         """E (B, K) of the experts that are asked, `LEFT_OUT` for the others."""

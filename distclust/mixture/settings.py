@@ -94,8 +94,9 @@ class ModelSettings:
     degrees: float = 1.0
     """Degrees of freedom of the heavy-tailed energy (DEC: 1)."""
     log_det: float = 0.0
-    """Weight of the log-determinant of a Mahalanobis precision, on the scale of 1 / alpha of a tied gate: 1
-    makes it a proper Gaussian, 0 is DMAE as published."""
+    """Weight of the log-determinant of a Mahalanobis precision P, on the scale of the temperature that the
+    gate has (tau under a prior gate, else 1 / alpha): 1 makes it a proper Gaussian, of the precision
+    2 P / temperature; 0 is DMAE as published."""
     precision_start: Literal["covariance", "identity"] = "covariance"
     """How Mahalanobis precisions start: from the k-means clusters' covariances, or as identities."""
     fourier_gamma: float = 1.0

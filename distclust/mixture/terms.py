@@ -187,7 +187,7 @@ def _mix(s: Scene) -> Tensor:
     energy, gate = _centroids(s), s.model.gate
     assert isinstance(gate, TiedGate)
     log_p = _log_p(s)
-    d = energy.rowwise(s.model.energy_codes(_codes(s)), energy.mix(log_p.exp()))
+    d = energy.rowwise(s.model.energy_codes(_codes(s)), energy.mix(log_p.exp()), s.model.nat)
     if not energy.dissimilarity.loss_has_prior:
         return d
     return d - torch.logsumexp(log_p + gate.log_prior(), dim=1) / gate.alpha

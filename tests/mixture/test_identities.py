@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 from distclust.mixture import terms
 from distclust.mixture.energies import DISSIMILARITIES, CentroidEnergy, DissimilarityOptions, StudentEnergy
 from distclust.mixture.gates import TiedGate
+from distclust.mixture.methods import METHODS
+from distclust.mixture.model import MixtureModel
 from distclust.mixture.settings import ModelSettings
 
 B, K, J = 40, 5, 6
@@ -179,6 +183,58 @@ def test_mahalanobis_and_its_log_determinant() -> None:
     with_det = CentroidEnergy(K, J, "mahalanobis", DissimilarityOptions(), log_det=0.5).double()
     with_det.load_state_dict(energy.state_dict())
     torch.testing.assert_close(with_det.pairwise(z), expected - 0.25 * torch.logdet(precision))
+
+
+def _gaussian_responsibilities(
+    x: np.ndarray, weights: np.ndarray, means: np.ndarray, precisions: np.ndarray
+) -> np.ndarray:
+    """w (B, K) of a Gaussian mixture, from its density in numpy."""
+    diff = x[:, None] - means  # (B, K, J)
+    squares = np.einsum("bki,kij,bkj->bk", diff, precisions, diff)  # (B, K)
+    log_w = np.log(weights) + 0.5 * np.linalg.slogdet(precisions)[1] - 0.5 * squares
+    w = np.exp(log_w - log_w.max(1, keepdims=True))
+    return np.asarray(w / w.sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 20.0])
+@pytest.mark.parametrize("method", ["bregman", "dmm"])  # a prior gate, a tied one
+def test_a_log_determinant_makes_gaussians_at_every_temperature(method: str, temperature: float) -> None:
+    """exp(-d / temperature) is a Gaussian of the precision 2 P / temperature, and needs its determinant."""
+    torch.manual_seed(5)
+    row = METHODS[method]
+    settings = dataclasses.replace(row.settings, dissimilarity="mahalanobis", log_det=1.0)
+    model = MixtureModel(dataclasses.replace(row, settings=settings), settings, J, K).double()
+    energy = model.energy
+    assert isinstance(energy, CentroidEnergy)
+    assert energy.factors is not None
+    size = torch.tensor([0.5, 0.8, 1.0, 1.3, 2.0], dtype=torch.float64)[:, None, None]
+    # entries of a size that leaves several clusters in doubt at each temperature
+    energy.factors.data += 0.2 * torch.randn(K, J, J, dtype=torch.float64)
+    energy.factors.data *= size * temperature**0.5
+    model.gate.logits.data.normal_()
+    # as they are after tau was measured, or alpha annealed
+    if method == "bregman":
+        model.tau.fill_(temperature)
+    else:
+        model.gate.alpha.fill_(1.0 / temperature)
+    x = torch.randn(B, J, dtype=torch.float64)
+    factors = energy.factors.detach()
+    precisions = (factors @ factors.transpose(1, 2)).numpy()  # (K, J, J)
+    weights = torch.softmax(model.gate.logits.detach(), 0).numpy()
+    expected = _gaussian_responsibilities(
+        x.numpy(), weights, energy.centroids.detach().numpy(), 2.0 / temperature * precisions
+    )
+    assert np.sort(expected, 1)[:, -2].mean() > 0.01
+    np.testing.assert_allclose(model.predict(x).exp().numpy(), expected, atol=1e-6)
+
+
+def test_mix_at_a_one_hot_gate_has_the_same_log_determinant() -> None:
+    energy = CentroidEnergy(K, J, "mahalanobis", DissimilarityOptions(), log_det=0.7).double()
+    energy.factors.data += 0.2 * torch.randn(K, J, J, dtype=torch.float64)  # type: ignore[union-attr]
+    z = torch.randn(B, J, dtype=torch.float64)
+    one_hot = torch.eye(K, dtype=torch.float64)[torch.arange(B) % K]
+    pairs = energy.pairwise(z, 0.3)[torch.arange(B), torch.arange(B) % K]
+    torch.testing.assert_close(energy.rowwise(z, energy.mix(one_hot), 0.3), pairs)
 
 
 def test_the_torus_takes_the_shortest_way_round() -> None:
