@@ -188,7 +188,14 @@ _MANY = 256
 
 
 def _expanded(name: str, x: Tensor, y: Tensor) -> Tensor:
-    """A dissimilarity with `has_expansion` from x y', (B, K)."""
+    """A dissimilarity with `has_expansion` from x y', (B, K).
+
+    Distances are taken from the mean of the parameters: the squares of rows that stand far from 0 leave no
+    digit to their differences.
+    """
+    if name in ("euclidean", "squared_euclidean"):
+        centre = y.detach().mean(0)  # (J,)
+        x, y = x - centre, y - centre
     dots = x @ y.t()
     if name == "dot_product":
         return -dots

@@ -60,8 +60,17 @@ class ConstantExperts(nn.Module):
 
     def errors(self, x: Rows) -> Tensor:
         """`||x - m_k||^2`, (B, K)."""
-        dots = rows_times(x, self.means)
-        return (square_norms(x)[:, None] - 2.0 * dots + self.means.square().sum(0)).clamp_min(0.0)
+        x, means = self._centred(x)
+        dots = rows_times(x, means)
+        return (square_norms(x)[:, None] - 2.0 * dots + means.square().sum(0)).clamp_min(0.0)
+
+    def _centred(self, x: Rows) -> tuple[Rows, Tensor]:
+        """The rows and the means (D, K), less the mean of the means where the rows are dense: those may stand
+        far from 0, and their squares then leave no digit to differences."""
+        if isinstance(x, SparseRows):
+            return x, self.means
+        centre = self.means.detach().mean(1)  # (D,)
+        return x - centre, self.means - centre[:, None]
 
     def codes(self, x: Rows) -> Tensor:
         raise ValueError("constant experts have no codes; use experts: autoencoder")
@@ -92,7 +101,8 @@ class LowRankExperts(ConstantExperts):
         basis = torch.linalg.qr(self.directions).Q if basis is None else basis  # (K, D, R)
         k, d, r = basis.shape
         flat = basis.permute(1, 0, 2).reshape(d, k * r)  # (D, K*R)
-        own = torch.einsum("dk,kdr->kr", self.means, basis)
+        x, means = self._centred(x)
+        own = torch.einsum("dk,kdr->kr", means, basis)  # (K, R)
         return rows_times(x, flat).view(n_rows(x), k, r) - own
 
     def errors(self, x: Rows) -> Tensor:

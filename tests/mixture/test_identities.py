@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distclust.mixture import terms
 from distclust.mixture.energies import DISSIMILARITIES, CentroidEnergy, DissimilarityOptions, StudentEnergy
+from distclust.mixture.experts import ConstantExperts, LowRankExperts
 from distclust.mixture.gates import TiedGate
 from distclust.mixture.methods import METHODS
 from distclust.mixture.model import MixtureModel
@@ -280,6 +281,50 @@ def test_targets_are_powers_over_frequencies() -> None:
         t = log_p.exp() ** kappa / f**eta
         mine = terms.sharpened_target(log_p, f.log(), kappa, eta).exp()
         torch.testing.assert_close(mine, t / t.sum(1, keepdim=True))
+
+
+# ---- rows far from 0
+
+
+def _far_rows(offset: float, n_features: int) -> tuple[Tensor, Tensor]:
+    """Rows (B, D) in float32 and where K means (K, D) stand among them, all that far from 0."""
+    g = torch.Generator().manual_seed(7)
+    means = offset + torch.randn(K, n_features, generator=g)
+    return means[torch.arange(B) % K] + torch.randn(B, n_features, generator=g), means
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+@pytest.mark.parametrize("name", ["squared_euclidean", "euclidean"])
+def test_many_features_keep_their_digits_far_from_zero(name: str, offset: float) -> None:
+    """Above 256 features distances come from inner products; the formula itself in float64 is the measure."""
+    x, means = _far_rows(offset, 300)
+    energy = CentroidEnergy(K, 300, name, DissimilarityOptions())
+    energy.centroids.data.copy_(means)
+    found = energy.pairwise(x.requires_grad_())
+    given, centroids = x.detach().double().requires_grad_(), means.double().requires_grad_()
+    expected = energy.dissimilarity.formula(given[:, None], centroids, energy.options)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(x.grad.double(), given.grad, rtol=1e-4, atol=1e-3)  # type: ignore[union-attr]
+    torch.testing.assert_close(energy.centroids.grad.double(), centroids.grad, rtol=1e-4, atol=1e-3)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+@pytest.mark.parametrize("kind", [ConstantExperts, LowRankExperts])
+def test_constant_and_low_rank_experts_keep_their_digits_far_from_zero(kind: type, offset: float) -> None:
+    x, means = _far_rows(offset, 50)
+    torch.manual_seed(0)
+    experts = kind(50, K) if kind is ConstantExperts else kind(50, K, 3)
+    experts.means.data.copy_(means.t())
+    found = experts.errors(x)
+    exact = experts.double()
+    diff = x.double()[:, None] - exact.means.t()  # (B, K, D)
+    expected = diff.square().sum(2)
+    if kind is LowRankExperts:
+        basis = torch.linalg.qr(exact.directions).Q  # (K, D, R)
+        expected = expected - torch.einsum("bkd,kdr->bkr", diff, basis).square().sum(2)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
 
 
 # ---- limits: known models inside the mixture
