@@ -229,6 +229,28 @@ def test_impossible_clusters_are_refused_as_they_are_read(setting: str, value: A
         ),
         ({"model": {"sharpen": 2.0}}, "model.sharpen change the teacher of the term lse_clean_teacher"),
         ({"model": {"tau_spread": 0.5}}, r"tau_spread is 0\.5.*say phases\.joint\.begin=\[temperature\]"),
+        # terms, statistics and starts that the row's slots cannot have
+        (
+            {"phases": {"joint": {"terms": [["lse", 1.0], ["orthonormality", 0.1]]}}},
+            "phase joint: orthonormality needs the energy dissimilarity or student, and .* is experts",
+        ),
+        ({"phases": {"joint": {"statistics": ["running_means"]}}}, "running_means needs .* is experts"),
+        (
+            {"method": "dmm", "phases": {"joint": {"begin": ["pinv_gate"]}}},
+            "pinv_gate needs the gate linear, and that of this row is tied; leave pinv_gate out",
+        ),
+        (
+            {"method": "dmae-lse", "phases": {"joint": {"terms": [["lse", 1.0], ["mix", 1.0]]}}},
+            "mix needs the gate tied, and that of this row is prior",
+        ),
+        (
+            {"method": "self-training", "phases": {"joint": {"begin": ["temperature"]}}},
+            "temperature reads energies, and this row has none",
+        ),
+        (
+            {"method": "dcn", "phases": {"joint": {"anneal": "alpha"}}},
+            r"anneal is alpha.*the gate of this row is hard; set phases\.joint\.anneal=none",
+        ),
     ],
 )
 def test_odd_values_of_a_recipe_are_named(changes: dict[str, Any], said: str) -> None:

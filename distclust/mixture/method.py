@@ -16,6 +16,22 @@ STARTS = frozenset({"initialise_clusters", "pinv_gate", "e_step_gate", "gaussian
 SPECTRAL_MAP = "spectral_map"
 """What a phase may begin with beside those and a statistic: the landmarks of its encoder's target."""
 
+_CENTROIDS = {"energy": ("dissimilarity", "student")}
+_NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
+    "mix": _CENTROIDS | {"gate": ("tied",)},
+    "mixed_reconstruction": _CENTROIDS,
+    "exp_orthonormal": _CENTROIDS,
+    "orthonormality": _CENTROIDS,
+    "layer_reconstruction": {"network": ("autoencoder",)},
+    "running_means": _CENTROIDS,
+    "recentre": _CENTROIDS,
+    "em": _CENTROIDS | {"gate": ("prior",)},
+    "pinv_gate": {"gate": ("linear",)},
+    "e_step_gate": {"gate": ("linear",)},
+    "gaussian_start": {"energy": ("gaussian",), "gate": ("prior",)},
+}
+"""What a slot has to hold for a term, a statistic or a start; beside these, energies where they read them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
@@ -79,6 +95,7 @@ class Method:
             for name in phase.begin:
                 known = {*STATISTICS, *STARTS, SPECTRAL_MAP}
                 one_of(f"{where}, phase {phase.name}: begin", name, known)
+            self._check_needs(f"{where}, phase {phase.name}", phase)
         names = AGGREGATOR_TERMS.get(self.aggregator, frozenset())
         by_em = any("em" in phase.statistics for phase in self.phases)
         if names and self.phases and not used & names and not by_em:
@@ -122,6 +139,30 @@ class Method:
                 f"{where}: model.tau_spread is {self.settings.tau_spread}, and no phase begins by measuring "
                 "the energies' spread, so nothing would come of it; say phases.joint.begin=[temperature] as "
                 "well (or the phase whose loss has tau), or set model.tau"
+            )
+
+    def _check_needs(self, where: str, phase: Phase) -> None:
+        """Refuse what a phase computes from a slot that this row fills otherwise."""
+        reading = [name for name, _ in phase.terms if "energies" in TERMS[name].needs]
+        kept = (*phase.statistics, *phase.begin)
+        reading += [name for name in kept if name in STATISTICS and "energies" in STATISTICS[name].needs]
+        if reading and self.energy == "none":
+            raise ValueError(
+                f"{where}: {reading[0]} reads energies, and this row has none; leave it out, or use a row "
+                "that has energies (distclust methods lists them)"
+            )
+        for name in (*(name for name, _ in phase.terms), *kept):
+            for slot, allowed in _NEEDED.get(name, {}).items():
+                found = getattr(self, slot)
+                if found not in allowed:
+                    raise ValueError(
+                        f"{where}: {name} needs the {slot} {' or '.join(allowed)}, and that of this row is "
+                        f"{found}; leave {name} out, or use a row that has it (distclust methods lists them)"
+                    )
+        if phase.anneal == "alpha" and self.gate != "tied":
+            raise ValueError(
+                f"{where}: anneal is alpha, the inverse temperature of a tied gate, and the gate of this row "
+                f"is {self.gate}; set phases.{phase.name}.anneal=none, or use a row with a tied gate (dkm)"
             )
 
     def _check_first_codes(self, where: str, n_clusters: int) -> None:
