@@ -123,7 +123,8 @@ class ConvolutionalAutoencoder(MixedProducts):
     """A convolutional encoder and its mirror: transposed convolutions, unpooling by the encoder's switches.
 
     Where the switches are not known (a decoder that starts from a centroid) a value goes to the first place
-    of its pool.
+    of its pool. `parts` are the names that `networks.Autoencoder` has for the parts of a decoder, and what
+    they are called here: phases train either by the former.
     """
 
     def __init__(
@@ -151,6 +152,12 @@ class ConvolutionalAutoencoder(MixedProducts):
         self._activation = ACTIVATIONS[s.activation]
         self._dropout = (s.input_dropout, s.hidden_dropout)
         self._sigmoid = s.output == "sigmoid"
+        last = len(shapes) - 1
+        self.parts: dict[str, tuple[str, ...]] = {
+            "decoder": ("expand", "weights", "biases", "norms"),
+            "out_weight": (f"weights.{last}",),
+            "out_bias": (f"biases.{last}",),
+        }
 
     def encode(self, x: Rows, noise: Noise | None = None) -> Tensor:
         """Codes (B, J)."""

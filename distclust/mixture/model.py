@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -44,7 +45,7 @@ class MixtureModel(nn.Module):
 
     Raises:
         ValueError: settings that these rows cannot have: an image of another size, orthonormal centroids or
-            spectral codes in codes of fewer numbers than clusters.
+            spectral codes in codes of fewer numbers than clusters, a phase that trains what is not there.
     """
 
     tau: Tensor
@@ -103,6 +104,7 @@ class MixtureModel(nn.Module):
     def _build_for_training(self) -> None:
         """What an encoder learns first, and the frozen teacher."""
         method, s = self.method, self.settings
+        self._check_trains()
         if "orthonormality" in method.terms:
             self._check_code_size("orthonormal centroids for")
         if "fourier_regression" in method.terms:
@@ -185,6 +187,41 @@ class MixtureModel(nn.Module):
     def trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """`named_modules` without the frozen teacher."""
         return ((n, m) for n, m in self.named_modules() if n.split(".")[0] != TEACHER)
+
+    def trained_in(self, phase: Phase) -> dict[str, nn.Parameter]:
+        """The parameters that have a gradient in a phase, by name."""
+        parts = [name for part in phase.trains for name in self._called(part)]
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if any(name == part or name.startswith(part + ".") for part in parts)
+        }
+
+    def _called(self, part: str) -> tuple[str, ...]:
+        """The names of a part that a phase trains: those of `network.decoder` depend on the network."""
+        inner = part.removeprefix("network.")
+        if isinstance(self.network, ConvolutionalAutoencoder) and inner in self.network.parts:
+            return tuple(f"network.{name}" for name in self.network.parts[inner])
+        return (part,)
+
+    def _check_trains(self) -> None:
+        """Each part that a phase trains has to be in this model."""
+        for phase in self.method.phases:
+            for part in phase.trains:
+                if not self.trained_in(replace(phase, trains=(part,))):
+                    raise ValueError(
+                        f"method {self.method.name}, phase {phase.name}: it trains {part}, and no parameter "
+                        f"of this model is called so; expected some of {', '.join(self._trainable())}: set "
+                        f"phases.{phase.name}.trains, or call the parts of a network of your own so"
+                    )
+
+    def _trainable(self) -> list[str]:
+        """The parts that a phase may train: submodules, and what is in them."""
+        names = [name.split(".") for name, _ in self.named_parameters()]
+        found = {".".join(name[:depth]) for name in names for depth in (1, 2) if name[0] != TEACHER}
+        if isinstance(self.network, ConvolutionalAutoencoder):
+            found |= {f"network.{part}" for part in self.network.parts}
+        return sorted(found)
 
     def prediction_state(self) -> dict[str, Tensor]:
         """`state_dict` without what only training needs."""

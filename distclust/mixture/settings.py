@@ -292,10 +292,6 @@ class Phase:
                 f"phases.{self.name}.tau_factor is {self.tau_factor}; expected a finite number above 0"
             )
 
-    def trains_parameter(self, name: str) -> bool:
-        """Whether the parameter of that name has a gradient in this phase."""
-        return any(name == part or name.startswith(part + ".") for part in self.trains)
-
     @property
     def trains_network(self) -> bool:
         """Whether the network learns, and its batches are normalised by themselves."""

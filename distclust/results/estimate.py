@@ -263,7 +263,7 @@ class _Cost:
 
     def trained(self, phase: Phase) -> int:
         """Parameters with gradients."""
-        return sum(p.numel() for name, p in self.model.named_parameters() if phase.trains_parameter(name))
+        return sum(p.numel() for p in self.model.trained_in(phase).values())
 
     def step(self, phase: Phase, rows: int) -> float:
         """Operations of one step of so many rows."""

@@ -274,10 +274,10 @@ class Trainer:
 
     def wrap(self, phase: Phase, optimizer_state: dict[str, Tensor]) -> nn.Module:
         """Only what the phase trains gets gradients, one optimiser and, with several workers, one DDP."""
+        trained = self.model.trained_in(phase)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(phase.trains_parameter(name))
+            parameter.requires_grad_(name in trained)
         loss = StepLoss(self.model, self.world.size).to(self.world.device)
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer(phase.optimizer, trained)
         restore_optimizer(self.optimizer, trained, optimizer_state)
         self.trained = trained

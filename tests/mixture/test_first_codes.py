@@ -189,3 +189,30 @@ def test_random_fourier_features_are_a_gaussian_kernel() -> None:
     kernel = torch.exp(-0.7 * torch.cdist(x, x).square())
     features = model.fourier_features(x)
     torch.testing.assert_close(features @ features.t(), kernel, atol=0.08, rtol=0)
+
+
+@pytest.mark.parametrize("conv", [(), ((6, 3, 2, 1), (8, 3, 1, 2))])
+@pytest.mark.parametrize("method", ["dmae-fourier", "dmae-spectral"])
+def test_the_first_phases_train_the_encoder_and_then_all_the_rest(method: str, conv: Any) -> None:
+    """Whatever the network calls the parts of its decoder."""
+    row = METHODS[method]
+    settings = replace(row.settings, image=(1, 8, 8), conv=conv, code_size=10, norm="layer")
+    model = MixtureModel(row, settings, 64, 10)
+    network = {name for name, _ in model.named_parameters() if name.startswith("network.")}
+    encoder, decoder = (set(model.trained_in(phase)) for phase in row.phases[:2])
+    assert encoder == {name for name in network if name.startswith("network.encoder.")} != set()
+    assert decoder == network - encoder != set()
+    last = "network.weights.1" if conv else "network.out_weight"
+    assert set(model.trained_in(replace(row.phases[1], trains=("network.out_weight",)))) == {last}
+
+
+@pytest.mark.parametrize(
+    ("part", "there"),
+    [("network.encodr", "network.encoder"), ("network.log_variance", "network.decoder"), ("experts", "gate")],
+)
+def test_a_part_that_is_not_there_cannot_be_trained(part: str, there: str) -> None:
+    row = METHODS["dmae-text"]
+    row = replace(row, phases=(*row.phases[:2], replace(row.phases[2], trains=("network", part))))
+    with pytest.raises(ValueError, match=rf"phase joint: it trains {part}, .* expected some of .*{there}\b"):
+        MixtureModel(row, row.settings, 6, 3)
+    MixtureModel(row, row.settings, 6, 3, for_training=False)  # what predicts has no phases

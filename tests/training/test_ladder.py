@@ -232,6 +232,26 @@ def test_every_row_trains_on_digits(digits: Corpus, tmp_path: Path, method: str)
         assert len(labels.unique()) > 3
 
 
+@pytest.mark.parametrize("method", ["dmae-fourier", "dmae-spectral"])
+def test_convolutions_learn_first_codes_too(digits: Corpus, tmp_path: Path, method: str) -> None:
+    fast = {"epochs": 2, "optimizer": {"learning_rate": 3e-3}}
+    model = {**IMAGES, "code_size": 10, "fourier_gamma" if method == "dmae-fourier" else "landmarks": 50}
+    config = resolve(
+        {
+            "method": method,
+            "clusters": 10,
+            "model": {**model, "dissimilarity": "euclidean"},
+            "phases": dict.fromkeys(("pretrain", "decoder", "joint"), fast),
+            "order": {"lanes": 2, "rows_per_lane": 64},
+            "initialise": {"restarts": 2},
+            "tracking": {"log_every": 5},
+        }
+    )
+    _, hooks = train(config, digits, tmp_path)
+    decoder = [loss for phase, loss in hooks.losses.values() if phase == "decoder"]
+    assert decoder[-1] < decoder[0]
+
+
 def test_damic_with_convolutional_experts_and_gate(digits: Corpus, tmp_path: Path) -> None:
     fast = {"epochs": 2, "optimizer": {"learning_rate": 3e-3}}
     config = resolve(
