@@ -175,11 +175,16 @@ def find_dissimilarity(name: str) -> Dissimilarity:
     The function takes x and y that broadcast against each other, (..., J), and sums over J.
 
     Raises:
-        ValueError: an import path whose module was not allowed (`imports.allow_modules`).
+        ValueError: an import path whose module was not allowed (`imports.allow_modules`), or of no function.
     """
     if not is_import_path(name):
         return DISSIMILARITIES[name]
     function = import_object(name)
+    if not callable(function):
+        raise ValueError(
+            f"model.dissimilarity is {name}, which is a {type(function).__name__}; expected a function of x "
+            f"and y, (..., J), one number for each pair: name one (a row goes to method={name})"
+        )
     return Dissimilarity(lambda x, y, o: function(x, y), "init_plus_plus")
 
 

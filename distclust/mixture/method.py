@@ -16,7 +16,7 @@ STARTS = frozenset({"initialise_clusters", "pinv_gate", "e_step_gate", "gaussian
 SPECTRAL_MAP = "spectral_map"
 """What a phase may begin with beside those and a statistic: the landmarks of its encoder's target."""
 
-_CENTROIDS = {"energy": ("dissimilarity", "student")}
+_CENTROIDS: dict[str, tuple[str, ...]] = {"energy": ("dissimilarity", "student")}
 _NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
     "mix": _CENTROIDS | {"gate": ("tied",)},
     "mixed_reconstruction": _CENTROIDS,

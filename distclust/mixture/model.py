@@ -14,11 +14,11 @@ from distclust.mixture.convolutional import ConvolutionalAutoencoder, augment
 from distclust.mixture.energies import CentroidEnergy, DissimilarityOptions, GaussianEnergy, StudentEnergy
 from distclust.mixture.experts import AutoencoderExperts, build_experts
 from distclust.mixture.gates import HardGate, LinearGate, NetworkGate, PriorGate, TiedGate
-from distclust.mixture.imports import import_object
 from distclust.mixture.layers import Lanes
 from distclust.mixture.method import Method
 from distclust.mixture.networks import Autoencoder, Identity, VariationalAutoencoder
 from distclust.mixture.noise import Noise
+from distclust.mixture.own import build_network, check_members
 from distclust.mixture.routing import Routes, asked_by
 from distclust.mixture.settings import ModelSettings, Phase
 from distclust.mixture.sparse import Rows, n_rows, rows_times
@@ -45,7 +45,8 @@ class MixtureModel(nn.Module):
 
     Raises:
         ValueError: settings that these rows cannot have: an image of another size, orthonormal centroids or
-            spectral codes in codes of fewer numbers than clusters, a phase that trains what is not there.
+            spectral codes in codes of fewer numbers than clusters, a phase that trains what is not there; a
+            network or a dissimilarity of a user's own that is none.
     """
 
     tau: Tensor
@@ -104,6 +105,8 @@ class MixtureModel(nn.Module):
     def _build_for_training(self) -> None:
         """What an encoder learns first, and the frozen teacher."""
         method, s = self.method, self.settings
+        if s.network:
+            check_members(self.network, method, s.network)
         self._check_trains()
         if "orthonormality" in method.terms:
             self._check_code_size("orthonormal centroids for")
@@ -130,8 +133,7 @@ class MixtureModel(nn.Module):
     def _build_network(self) -> nn.Module:
         s = self.settings
         if s.network:
-            built: nn.Module = import_object(s.network)(self.n_features, s)
-            return built
+            return build_network(self.n_features, s)
         match self.method.network:
             case "none":
                 return Identity(self.n_features)
@@ -183,6 +185,15 @@ class MixtureModel(nn.Module):
     def n_expert_inputs(self) -> int:
         """Length of what the experts reconstruct."""
         return self.n_features if self.settings.expert_space == "rows" else self.code_size
+
+    @property
+    def reads_sigmoid(self) -> bool:
+        """Whether rows are compared with a sigmoid output, by cross-entropy; a network of a user's own is not
+        asked."""
+        s = self.settings
+        by_experts = self.method.energy == "experts" and s.experts == "convolutional"
+        by_network = not s.network and any("reconstruction" in name for name in self.method.terms)
+        return s.output == "sigmoid" and (by_experts or by_network)
 
     def trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """`named_modules` without the frozen teacher."""
