@@ -12,6 +12,10 @@ from distclust.corpus.files import is_url
 from distclust.corpus.shards import MANIFEST, Corpus, Manifest
 from distclust.corpus.sources import open_source
 from distclust.errors import ConfigError, DataError, TrackingError
+from distclust.mixture.catalogue import ESTIMATORS
+from distclust.mixture.own import try_own_parts
+from distclust.results.estimators import check_estimator
+from distclust.training.blueprint import blueprint
 from distclust.training.checkpoint import differences
 from distclust.training.reach import reach, sqlite_file
 from distclust.training.run_identity import unusable
@@ -107,6 +111,60 @@ def check_unchanged(config: RunConfig, corpus_root: str) -> None:
             f"that of {corpus_root} {manifest.source_fingerprint[:12]}); expected the same: give another run "
             "folder to cluster the new ones, or `distclust assign` them"
         )
+
+
+def check_fits(config: RunConfig, corpus: Corpus) -> None:
+    """Refuse a corpus and a configuration that do not go together, before any worker starts.
+
+    Raises:
+        ConfigError: a model that rows of this length or kind cannot have, or scikit-learn's row on what it
+            does not take.
+        DataError: as `check_distinct`.
+    """
+    check_distinct(corpus, config.clusters)
+    if config.method in ESTIMATORS:
+        check_estimator(config, corpus)
+        return
+    _check_image(config, corpus)
+    model = blueprint(config, corpus.n_features)
+    try:
+        try_own_parts(model, sparse=corpus.kind == "sparse")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if model.reads_sigmoid:
+        _check_output(corpus)
+
+
+def _check_image(config: RunConfig, corpus: Corpus) -> None:
+    """The corpus may know the shape of its images; another one would scramble them."""
+    asked, there = list(config.model.image), corpus.manifest.options.get("image_shape")
+    if asked and there and asked != list(there):
+        raise ConfigError(
+            f"model.image is {asked}, and the rows of {corpus.root} are images of {list(there)} (channels, "
+            f"height, width); expected the same, or the pixels are scrambled: set model.image={list(there)}"
+        )
+
+
+_ROUNDING = 1e-4
+"""How far outside [0, 1] a row may be that was divided by its largest value."""
+
+
+def _check_output(corpus: Corpus) -> None:
+    """Cross-entropy has no bottom for a number outside [0, 1]; the first shard with rows is looked at."""
+    shard = next(corpus.shard(i) for i, rows in enumerate(corpus.shard_rows) if rows)
+    values = shard.dense if shard.dense is not None else shard.values
+    assert values is not None
+    least, most = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if least >= -_ROUNDING and most <= 1.0 + _ROUNDING:
+        return
+    mend = "set model.output=linear"
+    if least >= -_ROUNDING:
+        now = f"it is {corpus.manifest.row_scale:.4g} now; 0.003921 suits bytes, 1.0 TF-IDF"
+        mend = f"set vocabulary.scale lower ({now}), or model.output=linear"
+    raise ConfigError(
+        f"model.output is sigmoid, whose loss is a cross-entropy, and the first {shard.n_rows} rows of "
+        f"{corpus.root} hold numbers from {least:.4g} to {most:.4g}; expected numbers in [0, 1]: {mend}"
+    )
 
 
 def check_distinct(corpus: Corpus, n_clusters: int) -> None:

@@ -32,7 +32,7 @@ from distclust.mixture.catalogue import ESTIMATORS
 from distclust.mixture.model import MixtureModel
 from distclust.preflight import (
     check_device,
-    check_distinct,
+    check_fits,
     check_prepared,
     check_tracking,
     check_unchanged,
@@ -45,7 +45,6 @@ from distclust.results.baselines import baselines_of
 from distclust.results.estimators import (
     Fitted,
     assign_fitted,
-    check_estimator,
     find_assigned,
     fit_estimator,
     fitted_on,
@@ -279,9 +278,7 @@ class _Job:
         manifest = self.corpus.manifest
         data = {"corpus": manifest.fingerprint, "vocabulary": manifest.vocabulary_fingerprint}
         check_same_data(self.folder, data)
-        check_distinct(self.corpus, self.config.clusters)
-        if self.by_estimator:
-            check_estimator(self.config, self.corpus)
+        check_fits(self.config, self.corpus)
         remember_run(self.folder, self.config, data)
         self.done.content["finished"] = False  # one that was over, and lacks something, may be cut off again
         self.done.save()

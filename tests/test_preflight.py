@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from distclust.config import resolve
 from distclust.corpus.generate import GenerateConfig, generate_corpus
+from distclust.corpus.prepare import prepare_local
+from distclust.corpus.shards import Corpus, ShardConfig
+from distclust.corpus.sources import SourceConfig
+from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import ConfigError, DataError
+from distclust.preflight import check_fits
 from distclust.run import train_run
-from stories import records, tiny_run, write_jsonl
+from stories import records, tiny_recipe, tiny_run, write_jsonl
 
 
 def test_a_generated_corpus_is_trained_on(tmp_path: Path) -> None:
@@ -42,3 +50,69 @@ def test_a_gpu_that_is_not_there_is_missed_before_any_work(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"gpus_per_worker is 1 .*torch sees no GPU"):
         train_run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 colour images of 6 x 4 bytes, channels last as files have them."""
+    file = tmp_path_factory.mktemp("images") / "rgb.npz"
+    np.savez(file, x=np.random.default_rng(0).integers(0, 256, (40, 6, 4, 3)).astype(np.uint8))
+    return file
+
+
+def corpus_of(file: Path, root: Path, scale: float) -> Corpus:
+    source = SourceConfig(name="files", files=(str(file),))
+    prepare_local(source, VocabularyConfig(scale=scale), ShardConfig(), root)
+    return Corpus.open(root)
+
+
+def run_on(method: str, clusters: int = 3, **model: Any) -> Any:
+    small = {"hidden": [8], "code_size": 4, "expert_hidden": [8], "gate_hidden": [8]}
+    return resolve({"method": method, "clusters": clusters, "model": small | model})
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (run_on("ae-cm", 7), "codes of 4 numbers hold no orthonormal centroids for 7 clusters"),
+        (run_on("dmae", image=[1, 9, 9]), r"model.image is \[1, 9, 9\]"),
+        (run_on("damic-lowrank", expert_code_size=100), "expert_code_size is 100.*at most 72"),
+        # channels last, and height and width exchanged: as many numbers
+        (run_on("dcec", image=[6, 4, 3]), r"\[6, 4, 3\], .* images of \[3, 6, 4\].*set model.image="),
+        (run_on("dcec", image=[3, 4, 6]), r"\[3, 4, 6\], .* images of \[3, 6, 4\].*set model.image="),
+    ],
+)
+def test_models_that_the_rows_cannot_have_are_refused_before_workers_start(
+    images: Path, tmp_path: Path, config: Any, said: str
+) -> None:
+    corpus = corpus_of(images, tmp_path / "corpus", 1.0)
+    with pytest.raises(ConfigError, match=said):
+        check_fits(config, corpus)
+    check_fits(run_on("dcec", image=[3, 6, 4]), corpus)
+
+
+def test_a_run_is_refused_where_it_is_begun(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", records(60))
+    config = resolve({**tiny_recipe(file, method="ae-cm-text", clusters=5), "phases": {}})
+    with pytest.raises(ConfigError, match="set model.code_size to at least 5"):
+        train_run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "training").exists(), "no worker has started"
+
+
+@pytest.mark.parametrize("method", ["vade", "dcn", "dmae"])
+def test_a_sigmoid_needs_rows_between_nought_and_one(images: Path, tmp_path: Path, method: str) -> None:
+    config = run_on(method, output="sigmoid")
+    corpus = corpus_of(images, tmp_path / "bytes", 1.0)
+    with pytest.raises(ConfigError, match=r"from 0 to 255; expected .*vocabulary.scale lower \(it is 1 now"):
+        check_fits(config, corpus)
+    check_fits(run_on(method), corpus)
+    check_fits(config, corpus_of(images, tmp_path / "shares", 1 / 255))
+    check_fits(run_on("dmm", output="sigmoid"), corpus)  # nothing is compared with a network's output
+
+
+def test_a_sigmoid_cannot_give_what_is_below_nought(tmp_path: Path) -> None:
+    file = tmp_path / "a.npz"
+    np.savez(file, x=np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32))
+    corpus = corpus_of(file, tmp_path / "corpus", 0.01)
+    with pytest.raises(ConfigError, match=r"from -0\.0.*: set model.output=linear$"):
+        check_fits(run_on("vade", output="sigmoid"), corpus)

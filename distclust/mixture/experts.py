@@ -92,7 +92,8 @@ class LowRankExperts(ConstantExperts):
         super().__init__(n_features, n_clusters)
         if rank > n_features:
             raise ValueError(
-                f"model.expert_code_size is {rank}; a subspace of {n_features} inputs has no more"
+                f"model.expert_code_size is {rank}, and low-rank experts reconstruct {n_features} numbers; "
+                f"expected a rank of at most {n_features}: set model.expert_code_size lower"
             )
         self.directions = uniform((n_clusters, n_features, rank), n_features)
 

@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from distclust.config import RunConfig
@@ -25,6 +24,7 @@ from distclust.mixture.settings import Phase
 from distclust.mixture.sparse import gram_is_cheaper
 from distclust.mixture.statistics import STATISTICS
 from distclust.mixture.terms import TERMS
+from distclust.training.blueprint import blueprint
 
 NONZEROS = 77.0
 """Non-zeros of a document unless given: RCV1's mean."""
@@ -141,7 +141,8 @@ def estimate(
         terms: D; by default the recipe's `vocabulary.max_features` or `source.n_features`.
 
     Raises:
-        ConfigError: a row without phases, images, no known number of terms, or fewer than one document.
+        ConfigError: a row without phases, images, no known number of terms, or fewer than one document; or
+            settings that rows of so many terms cannot have.
     """
     if config.method in ESTIMATORS:
         raise ConfigError(f"method is {config.method!r}, scikit-learn's; expected a row with phases to train")
@@ -153,8 +154,7 @@ def estimate(
     if documents < 1 or nonzeros <= 0:
         raise ConfigError(f"{documents} documents of {nonzeros} non-zeros; expected more: correct them")
     nonzeros = min(nonzeros, width)
-    with torch.device("meta"):
-        model = MixtureModel(config.row, config.model, width, config.clusters)
+    model = blueprint(config, width)
     in_step = config.order.lanes * config.order.rows_per_lane
     here = replace(machine, devices=min(machine.devices, config.order.lanes))
     rows = -(-in_step // here.devices)

@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import runs
 from corpora import make_corpus
 from distclust.config import load_recipe
 from distclust.errors import CheckpointError, ConfigError
 from distclust.mixture.imports import VARIABLE, allowed_modules, import_object
+from distclust.mixture.methods import METHODS
+from distclust.preflight import check_fits
 from distclust.results.predict import Predictor, export_model
 from distclust.training.checkpoint import CheckpointStore
 from distclust.training.engine import Trainer
@@ -100,3 +103,111 @@ def test_a_network_of_ones_own(mine: Path) -> None:
     )
     assert type(trainer.model.network).__module__ == "net"
     trainer.run()
+
+
+NETWORK = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, n_features, settings):
+        super().__init__()
+        self.code_size = settings.code_size
+        self.down, self.back = nn.Linear(n_features, self.code_size), nn.Linear(self.code_size, n_features)
+
+    def encode(self, x, noise=None):
+        return self.down(x.to_dense())
+
+    def encode_with_layers(self, x, noise=None):
+        return self.encode(x), {}
+
+    def recon_error(self, codes, x, layers=None):
+        return (x.to_dense() - self.back(codes)).square().sum(1)
+
+
+class Flat(Net):
+    def recon_error(self, codes, x, layers=None):
+        return super().recon_error(codes, x).mean()
+
+
+class Wide(Net):
+    def encode(self, x, noise=None):
+        return self.down(codes)
+
+
+class Deaf(nn.Module):
+    code_size = 4
+
+
+class Alone(nn.Module):
+    def __init__(self):
+        super().__init__()
+
+
+def far(x, y):
+    return (x - y).square()
+
+
+three = 3
+"""
+
+
+def test_parts_that_do_not_fit_the_row_are_named_before_workers_start(mine: Path) -> None:
+    (mine / "parts.py").write_text(NETWORK)
+    corpus = make_corpus(mine / "corpus", shard_rows=[30], n_features=30)
+
+    def check(method: str, **model: str) -> None:
+        model = {name: f"parts:{value}" for name, value in model.items()}
+        load_recipe("smoke", [f"method={method}", "phases={}", *(f"model.{n}={v}" for n, v in model.items())])
+        check_fits(runs.tiny_config(method, model=model), corpus)
+
+    check("dmae-text", network="Net")
+    for method, model, said in [
+        (
+            "depict",
+            {"network": "Net"},
+            "Net, which has no layer_errors; depict needs encode, .*layer_errors",
+        ),
+        (
+            "vade",
+            {"network": "Net"},
+            "hands on no mean and no log_variance, which vade needs",
+        ),
+        (
+            "dmae-fourier",
+            {"network": "Net"},
+            r"phase pretrain: it trains network.encoder, .* expected some of .*network.back, network.down",
+        ),
+        ("dmae-text", {"network": "Deaf"}, r"making it failed \(TypeError.*by Deaf\(n_features, settings\)"),
+        ("dmae-text", {"network": "Alone"}, r"making it failed \(TypeError"),
+        ("dmae-text", {"network": "three"}, r"making it failed \(TypeError: 'int' object is not callable"),
+        ("dmae-text", {"network": "far"}, r"making it failed"),
+        ("dmae-text", {"network": "Flat"}, r"recon_error gives the shape \(\) for two rows; expected \(2,\)"),
+        ("dmae-text", {"network": "Wide"}, r"encode failed on two rows of zeros \(NameError"),
+        (
+            "dmae-text",
+            {"dissimilarity": "three"},
+            "which is a int; expected a function of x and y",
+        ),
+        ("dmae-text", {"dissimilarity": "far"}, r"gives the shape \(2, 3, 4\) .*; expected \(2, 3\)"),
+        ("dmae-text", {"dissimilarity": "Net"}, "parts:Net, which failed on zeros"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            check(method, **model)
+
+
+def test_a_trial_leaves_no_trace(mine: Path) -> None:
+    """Random numbers go on as they would have without it."""
+    (mine / "parts.py").write_text(NETWORK)
+    corpus = make_corpus(mine / "corpus", shard_rows=[30], n_features=30)
+    load_recipe("smoke", ["method=dmae-text", "phases={}", "model.network=parts:Net"])
+    before = torch.random.get_rng_state()
+    check_fits(runs.tiny_config("dmae-text", model={"network": "parts:Net"}), corpus)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_row_of_the_table_is_refused(method: str, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", shard_rows=[30], n_features=64)
+    check_fits(runs.tiny_config(method), corpus)
+    check_fits(runs.tiny_config(method, model={"image": [1, 8, 8], "conv": [[6, 3, 2, 1]]}), corpus)
