@@ -152,17 +152,22 @@ three = 3
 """
 
 
-def test_parts_that_do_not_fit_the_row_are_named_before_workers_start(mine: Path) -> None:
+def check_own(mine: Path, method: str, model: dict[str, str]) -> None:
+    """Check a run with parts of the module above."""
     (mine / "parts.py").write_text(NETWORK)
     corpus = make_corpus(mine / "corpus", shard_rows=[30], n_features=30)
+    model = {name: f"parts:{value}" for name, value in model.items()}
+    load_recipe("smoke", [f"method={method}", "phases={}", *(f"model.{n}={v}" for n, v in model.items())])
+    check_fits(runs.tiny_config(method, model=model), corpus)
 
-    def check(method: str, **model: str) -> None:
-        model = {name: f"parts:{value}" for name, value in model.items()}
-        load_recipe("smoke", [f"method={method}", "phases={}", *(f"model.{n}={v}" for n, v in model.items())])
-        check_fits(runs.tiny_config(method, model=model), corpus)
 
-    check("dmae-text", network="Net")
-    for method, model, said in [
+def test_a_network_of_four_members_is_enough(mine: Path) -> None:
+    check_own(mine, "dmae-text", {"network": "Net"})
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "said"),
+    [
         (
             "depict",
             {"network": "Net"},
@@ -191,9 +196,13 @@ def test_parts_that_do_not_fit_the_row_are_named_before_workers_start(mine: Path
         ),
         ("dmae-text", {"dissimilarity": "far"}, r"gives the shape \(2, 3, 4\) .*; expected \(2, 3\)"),
         ("dmae-text", {"dissimilarity": "Net"}, "parts:Net, which failed on zeros"),
-    ]:
-        with pytest.raises(ConfigError, match=said):
-            check(method, **model)
+    ],
+)
+def test_parts_that_do_not_fit_the_row_are_named_before_workers_start(
+    mine: Path, method: str, model: dict[str, str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_own(mine, method, model)
 
 
 def test_a_trial_leaves_no_trace(mine: Path) -> None:
