@@ -206,6 +206,24 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
 # ---- the table of methods
 
 
+def print_agreement(found: Agreement, names: list[str], as_json: bool) -> None:
+    """How far the runs of these names agree, each with the others, and the one that agrees most."""
+    nearest = names[found.nearest]
+    if as_json:
+        pairs = {
+            name: dict(zip(names, row, strict=True))
+            for name, row in zip(names, found.pairs.tolist(), strict=True)
+        }
+        said = {"agreement": found.mean, "nearest": nearest, "pairs": pairs}
+        out.print(json.dumps(said, indent=1), soft_wrap=True, markup=False)
+        return
+    for name, value in zip(names, found.of_each, strict=True):
+        out.print(f"{value:.3f}  {name}", soft_wrap=True, markup=False)
+    out.print(f"{found.mean:.3f}  on average: NMI (arithmetic) of every two of the {len(names)}")
+    if len(names) > 2:  # two agree with each other equally
+        out.print(f"{nearest} agrees most with the others.", soft_wrap=True, markup=False)
+
+
 def print_methods(table: dict[str, list[dict[str, Any]]], brief: bool = False) -> None:
     """The whole table.
 
@@ -292,24 +310,6 @@ def _plain(value: Any) -> str:
 
 
 # ---- small words
-
-
-def print_agreement(found: Agreement, names: list[str], as_json: bool) -> None:
-    """How far the runs of these names agree, each with the others, and the one that agrees most."""
-    nearest = names[found.nearest]
-    if as_json:
-        pairs = {
-            name: dict(zip(names, row, strict=True))
-            for name, row in zip(names, found.pairs.tolist(), strict=True)
-        }
-        said = {"agreement": found.mean, "nearest": nearest, "pairs": pairs}
-        out.print(json.dumps(said, indent=1), soft_wrap=True, markup=False)
-        return
-    for name, value in zip(names, found.of_each, strict=True):
-        out.print(f"{value:.3f}  {name}", soft_wrap=True, markup=False)
-    out.print(f"{found.mean:.3f}  on average: NMI (arithmetic) of every two of the {len(names)}")
-    if len(names) > 2:  # two agree with each other equally
-        out.print(f"{nearest} agrees most with the others.", soft_wrap=True, markup=False)
 
 
 def scored_line(found: dict[str, Any]) -> str:

@@ -148,7 +148,8 @@ DISSIMILARITIES: dict[str, Dissimilarity] = {
 }
 
 
-_OF_POSITIVES = ("itakura_saito", "i_divergence")
+OF_POSITIVES = ("itakura_saito", "i_divergence")
+"""Divergences that no value below 0 has."""
 _OFF_THE_SIMPLEX = 1e-3
 """How far from 1 the sum of a row on the simplex may be, in float32."""
 
@@ -161,7 +162,7 @@ def outside_domain(name: str, codes: Tensor, o: DissimilarityOptions) -> Tensor:
     words has them.
     """
     simplex = name == "kullback_leibler"
-    if name in _OF_POSITIVES or (simplex and o.normaliser in ("plain", "none")):
+    if name in OF_POSITIVES or (simplex and o.normaliser in ("plain", "none")):
         outside = (codes < 0).any(1)
         if simplex and o.normaliser == "none":
             outside |= (codes.sum(1) - 1.0).abs() > _OFF_THE_SIMPLEX

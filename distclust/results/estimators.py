@@ -26,7 +26,7 @@ import torch
 from distclust.config import RunConfig
 from distclust.errors import ConfigError, DataError
 from distclust.mixture.catalogue import DIRECTIONS, ESTIMATORS, EstimatorConfig
-from distclust.mixture.energies import DISSIMILARITIES, DissimilarityOptions
+from distclust.mixture.energies import DISSIMILARITIES, OF_POSITIVES, DissimilarityOptions
 from distclust.results.assignment import (
     Assignment,
     find_finished,
@@ -57,7 +57,6 @@ DENSE_VALUES = 250_000_000
 """Dense values that are held at once at most: 1 GB in float32, and a few copies while they are fitted."""
 _GRAPH_VALUES = 4_000_000  # differences of rows that are held at once while neighbours are looked for
 _NMF_SWEEPS = 200
-_POSITIVE = ("itakura_saito", "i_divergence")
 _SKLEARN_METRICS = {
     "euclidean": "euclidean",
     "squared_euclidean": "euclidean",  # the same neighbours
@@ -301,7 +300,7 @@ def neighbour_graph(rows: npt.NDArray[Any], settings: EstimatorConfig) -> Any:
         DataError: negative values, and a divergence that takes none.
     """
     name, n = settings.dissimilarity, min(settings.neighbours, len(rows))
-    if name in _POSITIVE and rows.min() < 0:
+    if name in OF_POSITIVES and rows.min() < 0:
         raise DataError(
             f"estimator.dissimilarity is {name}, and the rows have negative values; expected none below 0: "
             "set estimator.components=0, so that rows are taken as they are, or another dissimilarity"
