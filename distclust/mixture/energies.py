@@ -229,7 +229,7 @@ class CentroidEnergy(nn.Module):
         self.dissimilarity = find_dissimilarity(dissimilarity)
         self.options = options
         self._expand = self.dissimilarity.has_expansion and code_size > _MANY
-        self._name = dissimilarity
+        self.name = dissimilarity
         self._log_det = log_det
         self.factors: nn.Parameter | None = None
         if dissimilarity == "mahalanobis":
@@ -244,7 +244,7 @@ class CentroidEnergy(nn.Module):
             nat: what one nat is in units of the distance: the temperature by which the gate divides it.
         """
         if self._expand:
-            return _expanded(self._name, codes, self.centroids)
+            return _expanded(self.name, codes, self.centroids)
         if self.factors is None:
             return self.dissimilarity.formula(codes[:, None, :], self.centroids, self.options)
         diff = codes[:, None, :] - self.centroids  # (B, K, J)
@@ -274,6 +274,24 @@ class CentroidEnergy(nn.Module):
         if self._log_det:
             d = d - self._log_det * nat * 0.5 * torch.linalg.slogdet(precision).logabsdet
         return d
+
+
+def told_of_domain(energy: CentroidEnergy, what: str, outside: int, n: int) -> str:
+    """What to say of `outside` of n rows or codes (`what`) that `outside_domain` found."""
+    found, normaliser = f"model.dissimilarity is {energy.name}", energy.options.normaliser
+    if energy.name == "kullback_leibler" and normaliser == "none":
+        return (
+            f"{found} with model.normaliser none, and {outside} of {n} {what} are not on the simplex; "
+            "expected values of 0 and more whose sum is 1, so no row of zeros: divide rows by their sums, or "
+            "set model.normaliser to abs, which does that"
+        )
+    instead = "model.dissimilarity=squared_euclidean, which takes all rows"
+    if energy.name == "kullback_leibler":
+        instead = "model.normaliser=abs or relu"
+    return (
+        f"{found}, and {outside} of {n} {what} have values below 0; expected none: give {what} without "
+        f"them, or say {instead}"
+    )
 
 
 class StudentEnergy(CentroidEnergy):

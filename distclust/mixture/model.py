@@ -341,9 +341,15 @@ class MixtureModel(nn.Module):
         encoder."""
         counts, self.lanes.counts = self.lanes.counts, None
         try:
-            return torch.cdist(self.codes(x), self.pseudo_centroids).argmin(1)
+            return self._from_pseudo_centroids(x).argmin(1)
         finally:
             self.lanes.counts = counts
+
+    def _from_pseudo_centroids(self, x: Rows) -> Tensor:
+        """Distances (B, K) of the rows' codes, by differences: by inner products they would depend on the
+        size of the batch, and lose their digits far from 0."""
+        exact = "donot_use_mm_for_euclid_dist"
+        return torch.cdist(self.codes(x), self.pseudo_centroids, compute_mode=exact)
 
     def view(
         self,
@@ -443,7 +449,7 @@ class MixtureModel(nn.Module):
         """The method's readout as log-probabilities (B, K); the label is their argmax."""
         readout = self.method.readout
         if readout == "kmeans":
-            return torch.log_softmax(-torch.cdist(self.codes(x), self.pseudo_centroids).square(), dim=1)
+            return torch.log_softmax(-self._from_pseudo_centroids(x).square(), dim=1)
         needs = {"gate": ("gate",), "responsibility": ("gate", "energies"), "energy": ("energies",)}[readout]
         view = self.view(x, needs)
         if readout == "energy":

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distclust.errors import DataError
-from distclust.mixture.energies import NORMALISERS, CentroidEnergy, outside_domain
+from distclust.mixture.energies import NORMALISERS, CentroidEnergy, outside_domain, told_of_domain
 from distclust.mixture.experts import ConstantExperts
 from distclust.mixture.gates import PriorGate
 from distclust.mixture.layers import LaneBatchNorm
@@ -220,9 +220,7 @@ class ExpectationMaximisation:
         assert view.energies is not None
         assert view.z is not None
         assert isinstance(model.energy, CentroidEnergy)
-        outside = outside_domain(
-            model.settings.dissimilarity, model.energy_codes(view.z), model.energy.options
-        )
+        outside = outside_domain(model.energy.name, model.energy_codes(view.z), model.energy.options)
         w = responsibility(view.log_p, view.energies, model.tau).double().exp()
         return {
             "em_weights": w.sum(0),
@@ -236,7 +234,7 @@ class ExpectationMaximisation:
         assert isinstance(model.energy, CentroidEnergy)
         assert isinstance(model.gate, PriorGate)
         if outside := int(totals.pop("em_outside")):  # once a pass, the same on all workers
-            raise DataError(_told_of_domain(model, outside, int(totals["em_rows"])))
+            raise DataError(told_of_domain(model.energy, "rows", outside, int(totals["em_rows"])))
         weights = totals["em_weights"]
         old = model.energy.centroids.data
         means = totals["em_sums"] / weights.clamp_min(1e-300)[:, None]  # (K, J)
@@ -275,25 +273,6 @@ def _bregman_points(model: MixtureModel, z: Tensor) -> Tensor:
     if model.settings.dissimilarity == "kullback_leibler":
         return NORMALISERS[model.settings.normaliser](codes)
     return codes
-
-
-def _told_of_domain(model: MixtureModel, outside: int, n_rows: int) -> str:
-    """What to say of rows that the divergence is not defined for."""
-    s = model.settings
-    found = f"model.dissimilarity is {s.dissimilarity}"
-    if s.dissimilarity == "kullback_leibler" and s.normaliser == "none":
-        return (
-            f"{found} with model.normaliser none, and {outside} of {n_rows} rows are not on the simplex; "
-            "expected values of 0 and more whose sum is 1, so no row of zeros: divide rows by their sums, or "
-            "set model.normaliser to abs, which does that"
-        )
-    instead = "model.dissimilarity=squared_euclidean, which takes all rows"
-    if s.dissimilarity == "kullback_leibler":
-        instead = "model.normaliser=abs or relu"
-    return (
-        f"{found}, and {outside} of {n_rows} rows have values below 0; expected none: give rows without "
-        f"them, or say {instead}"
-    )
 
 
 def _scale_of_means(model: MixtureModel) -> float:

@@ -234,11 +234,16 @@ def _kmeans(rows: Rows, k: int, seed: int, settings: EstimatorConfig) -> Callabl
             min(k, rows.shape[0]), n_init=settings.restarts, max_iter=settings.iterations, random_state=seed
         ).fit(rows)
 
+    # expanded squares, as `fitted.predict` has them in float32, cost rows far from 0 their digits
+    centres = fitted.cluster_centers_.astype(np.float64)
+    mean = centres.mean(axis=0)
+
     def predict(block: Rows) -> Prediction:
-        block = block.astype(fitted.cluster_centers_.dtype, copy=False)
-        found = _hard(fitted.predict(block).astype(np.int64), k)
-        distances = euclidean_distances(block, fitted.cluster_centers_, squared=True)
-        return found._replace(ambiguous=_close(-distances))
+        block, near = block.astype(np.float64), centres
+        if isinstance(block, np.ndarray):
+            block, near = block - mean, centres - mean
+        distances = euclidean_distances(block, near, squared=True)
+        return _hard(distances.argmin(axis=1), k)._replace(ambiguous=_close(-distances))
 
     return predict
 

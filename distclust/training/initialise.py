@@ -11,9 +11,18 @@ from torch import Tensor
 
 from distclust.config import RunConfig
 from distclust.corpus.stream import Batch, Stream
-from distclust.mixture.energies import CentroidEnergy, GaussianEnergy, init_plus_plus
+from distclust.errors import DataError
+from distclust.mixture.energies import (
+    POSITIVE,
+    CentroidEnergy,
+    GaussianEnergy,
+    init_plus_plus,
+    outside_domain,
+    told_of_domain,
+)
 from distclust.mixture.gates import LinearGate, PriorGate
 from distclust.mixture.model import MixtureModel
+from distclust.mixture.networks import Identity
 from distclust.mixture.sparse import Rows, SparseRows
 from distclust.training.kmeans import assign_to_centroids, fit_kmeans, threads_for
 from distclust.training.world import World
@@ -51,7 +60,8 @@ def initialise_clusters(model: MixtureModel, stream: Stream, config: RunConfig, 
     Every worker encodes its share of an evenly drawn sample, rank 0 fits, everybody gets the result.
 
     Raises:
-        DataError: when there are fewer distinct codes than clusters.
+        DataError: when there are fewer distinct codes than clusters, or rows that the dissimilarity is not
+            defined for.
     """
     codes = world.gather_rows(_sample_codes(model, stream, config, world))
     k, j = config.clusters, model.code_size
@@ -64,6 +74,8 @@ def initialise_clusters(model: MixtureModel, stream: Stream, config: RunConfig, 
     factors = torch.zeros(k, j, j, device=world.device) if kind == "kmeans_covariance" else None
 
     def fit() -> str:
+        if energy is not None:
+            _check_domain(energy, codes, isinstance(model.network, Identity))
         sample = codes.cpu().numpy()
         result = fit_kmeans(
             sample,
@@ -97,6 +109,16 @@ def initialise_clusters(model: MixtureModel, stream: Stream, config: RunConfig, 
         energy.centroids.data.copy_(world.broadcast(starts))
         if energy.factors is not None and factors is not None:
             energy.factors.data.copy_(world.broadcast(factors))
+
+
+def _check_domain(energy: CentroidEnergy, codes: Tensor, are_rows: bool) -> None:
+    """Refuse rows (S, J) that the formula would clamp; of learnt codes, which nobody can mend, only tell."""
+    outside = int(outside_domain(energy.name, codes, energy.options).sum())
+    if outside and are_rows:
+        raise DataError(told_of_domain(energy, "rows", outside, len(codes)))
+    if outside:
+        said = told_of_domain(energy, "codes", outside, len(codes))
+        log.warning("%s. Training goes on with them raised to %g", said, POSITIVE)
 
 
 def gaussian_start(model: MixtureModel, stream: Stream, config: RunConfig, world: World) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict
@@ -33,6 +34,11 @@ log = logging.getLogger(__name__)
 
 Job = dict[str, Any]
 """What a worker has to know: config, corpus, fingerprint, run_dir, command, tracking. Plain data."""
+_FAULTS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What a fault of the code looks like (a user's own parts are code): another start would meet it again."""
 Tracking = tuple[str, str | None]
 """The MLflow server, and the run that rank 0 sends metrics to; without a run they wait in the run folder."""
 
@@ -171,20 +177,34 @@ def settle(train: Callable[[], Outcome], world: World, state: RunState) -> dict[
         that met it, on all workers, also on those that only saw their connection to it break.
 
     Raises:
-        Exception: anything else, such as a lost worker; with workers started again it may go well.
+        Exception: a lost worker, storage that does not answer, the like: with workers started again it may
+            go well.
     """
     try:
         return {"outcome": asdict(train())}
     except DistclustError as error:
-        state.write_error(error)
-        if world.size > 1 and dist.get_backend() == "gloo":
-            # those that wait for this worker fail at once; over NCCL `run_state.watching` ends them
-            dist.destroy_process_group()
-        return {"error": state.error() or describe(error)}
+        return _end(error, world, state)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
-        log.exception("worker %d of %d: %s: %s", world.rank, world.size, type(error).__name__, reason[0])
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        log.exception("worker %d of %d: %s", world.rank, world.size, reason)
         found = state.wait_for_error(1.0)
-        if found is None:
+        if found is not None:
+            return {"error": found}
+        if not isinstance(error, _FAULTS):
             raise
-        return {"error": found}
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        fault = ClusterError(
+            f"worker {world.rank} of {world.size} ended with {reason} ({at.filename}, line {at.lineno}, in "
+            f"{at.name}), which another start would meet again; expected code that runs: mend it where it is "
+            f"your own, report it where it is not. The whole trace is in {state.log_file}"
+        )
+        return _end(fault, world, state)
+
+
+def _end(error: DistclustError, world: World, state: RunState) -> dict[str, Any]:
+    """Let all workers know of an error that ends the run."""
+    state.write_error(error)
+    if world.size > 1 and dist.get_backend() == "gloo":
+        # those that wait for this worker fail at once; over NCCL `run_state.watching` ends them
+        dist.destroy_process_group()
+    return {"error": state.error() or describe(error)}

@@ -19,7 +19,10 @@ from sklearn.preprocessing import normalize
 
 from corpora import dense_rows, make_corpus
 from distclust.config import RunConfig, load_recipe, method_row, resolve
-from distclust.corpus.shards import Corpus
+from distclust.corpus.prepare import prepare_local
+from distclust.corpus.shards import Corpus, ShardConfig
+from distclust.corpus.sources import SourceConfig
+from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import ConfigError, DataError
 from distclust.mixture.catalogue import ESTIMATORS, MISSING, SLOTS, EstimatorConfig
 from distclust.mixture.energies import DISSIMILARITIES
@@ -69,6 +72,18 @@ def test_k_means_is_sklearns(sparse, tmp_path):
 
     reference = KMeans(3, n_init=3, random_state=0).fit(csr_matrix(dense_rows(sparse)))
     assert adjusted_rand_score(found, reference.labels_) == 1.0
+
+
+def test_k_means_of_rows_far_from_nought(tmp_path):
+    """In float32 expanded squares of 10,000 have no digit left for distances of 10."""
+    x, y = make_blobs(400, n_features=5, centers=4, cluster_std=0.5, center_box=(-4, 4), random_state=0)
+    file = tmp_path / "far.npz"
+    np.savez(file, x=(x + 10_000.0).astype(np.float32), y=y)
+    source = SourceConfig(name="files", files=(str(file),))
+    prepare_local(source, VocabularyConfig(), ShardConfig(), tmp_path / "corpus")
+    corpus = Corpus.open(tmp_path / "corpus")
+    found = assigned(config("k-means", clusters=4), corpus, tmp_path / "out").clusters()
+    assert adjusted_rand_score(found, y) == 1.0
 
 
 @pytest.mark.parametrize(("covariance", "kind"), [("diagonal", "diag"), ("full", "full")])

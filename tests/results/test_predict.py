@@ -165,6 +165,21 @@ def test_two_equal_scores_are_ambiguous() -> None:
     assert found.ambiguous.all()
 
 
+def test_the_nearest_centroid_far_from_nought_and_in_any_batch() -> None:
+    model = small_model("dmm", n_features=6, n_clusters=3)  # without a network: codes are the rows
+    rng = np.random.default_rng(0)
+    centroids = rng.normal(size=(3, 6)) + 10_000.0
+    rows = torch.from_numpy((centroids[rng.integers(3, size=2000)] + rng.normal(size=(2000, 6))))
+    with torch.no_grad():
+        model.pseudo_centroids.copy_(torch.from_numpy(centroids))
+    rows = rows.float()
+    centres = model.pseudo_centroids.double()
+    expected = (rows.double()[:, None] - centres).square().sum(2).argmin(1)
+    assert torch.equal(model.pseudo_labels(rows), expected)
+    few = torch.cat([model.pseudo_labels(part) for part in rows.split(5)])
+    assert torch.equal(few, expected)
+
+
 def test_an_export_replaces_a_model_and_a_failed_one_leaves_it(tmp_path: Path) -> None:
     info = {"kind": "sparse", "row_scale": 1.0}
     folder = tmp_path / "model"

@@ -222,8 +222,10 @@ def settle_one(rank: int, folder: Path, happens: str, answers: Any) -> None:
         world.sum({"together": torch.ones(1)})
         if rank == 1 and happens == "damage":
             raise DataError("shard-7 is damaged")
-        if rank == 1 and happens == "bug":
-            raise ZeroDivisionError
+        if rank == 1 and happens == "fault":
+            raise TypeError("energy() takes 1 argument\nbut 2 were given")
+        if rank == 1 and happens == "loss":
+            raise OSError("stale file handle")
         if happens == "echo":
             world.on_first(lambda: (_ for _ in ()).throw(CheckpointError("disk full")))
         world.sum({"together": torch.ones(1)})
@@ -240,7 +242,7 @@ def settle_one(rank: int, folder: Path, happens: str, answers: Any) -> None:
     time.sleep(60)  # as Ray keeps it
 
 
-@pytest.mark.parametrize("happens", ["damage", "echo", "bug", "nothing"])
+@pytest.mark.parametrize("happens", ["damage", "echo", "fault", "loss", "nothing"])
 def test_all_workers_hear_of_an_error_of_one(tmp_path: Path, happens: str) -> None:
     state(tmp_path)
     context = multiprocessing.get_context("fork")
@@ -260,8 +262,14 @@ def test_all_workers_hear_of_an_error_of_one(tmp_path: Path, happens: str) -> No
     elif happens == "echo":
         expected = {"command": "this", "type": "CheckpointError", "message": "disk full"}
         assert found == dict.fromkeys(range(3), expected)
-    elif happens == "bug":  # may be a fault of the machine: worth another start
-        assert found[1] == "ZeroDivisionError"
+    elif happens == "fault":  # of the code: another start would meet it again
+        assert found[0] == found[1] == found[2]
+        assert found[1]["type"] == "ClusterError"
+        assert "worker 1 of 3 ended with TypeError: energy() takes 1 argument (" in found[1]["message"]
+        assert f"{__file__}, line " in found[1]["message"]
+        assert "in train)" in found[1]["message"]
+    elif happens == "loss":  # may be a fault of the machine: worth another start
+        assert found[1] == "OSError"
         assert RunState(tmp_path, "this").error() is None
     else:
         assert found == dict.fromkeys(

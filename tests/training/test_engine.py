@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import runs
-from corpora import make_corpus
+from corpora import dense_rows, make_corpus
 from distclust.config import RunConfig, method_row
 from distclust.corpus.shards import Corpus
 from distclust.errors import CheckpointError, DataError, NonFiniteError
@@ -150,6 +150,28 @@ def test_more_clusters_than_distinct_codes_is_refused(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus", shard_rows=[2, 1], n_features=30)
     with pytest.raises(DataError, match="distinct"):
         trainer(dataclasses.replace(runs.tiny_config("damic-text"), clusters=5), corpus, tmp_path).run()
+
+
+@pytest.mark.parametrize("name", ["itakura_saito", "i_divergence"])
+def test_rows_that_a_divergence_is_not_defined_for_are_refused(tmp_path: Path, name: str) -> None:
+    corpus = make_corpus(tmp_path / "corpus", shard_rows=runs.SHARD_ROWS, n_features=30, kind="dense")
+    config = runs.tiny_config("dmm", model={"dissimilarity": name})
+    n, below = corpus.n_rows, int((dense_rows(corpus) < 0).any(1).sum())
+    assert 0 < below < n
+    with pytest.raises(DataError, match=f"{name}, and {below} of {n} rows have values below 0; expected"):
+        trainer(config, corpus, tmp_path / "run").run()
+
+
+def test_codes_that_a_divergence_is_not_defined_for_are_told_of(
+    corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(
+        runs.tiny_config("dmae", model={"dissimilarity": "itakura_saito"}), corpus, tmp_path / "run"
+    ).run()
+    assert "codes have values below 0; expected none" in caplog.text
+    caplog.clear()
+    trainer(runs.tiny_config("dmae"), corpus, tmp_path / "other").run()
+    assert "below 0" not in caplog.text
 
 
 # ---- a run is a function of its seed, and its metrics have names
