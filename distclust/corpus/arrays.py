@@ -138,15 +138,6 @@ def _check_labels(path: str, labels: np.ndarray | None, n_rows: int) -> None:
             f"{path}: y is {labels.dtype} of shape {labels.shape}; expected ({n_rows},), one label for each "
             "row, text or whole numbers; mend y."
         )
-    if labels is None or labels.dtype.kind not in "if":
-        return
-    minus = int(np.count_nonzero(labels == -1))
-    if minus and set(labels[~np.isnan(labels)].tolist()) != {-1, 1}:  # -1 and 1 are two classes
-        raise DataError(
-            f"{path}: y is -1 in {minus} of {n_rows} rows, which scikit-learn writes for 'no label' and "
-            "which would be scored as a class; expected NaN where there is no label: save "
-            "numpy.where(y == -1, numpy.nan, y), or y.astype(str) if -1 is a class."
-        )
 
 
 def load_made(path: str) -> Arrays:

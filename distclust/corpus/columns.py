@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,9 @@ from distclust.errors import DataError
 TITLE_LENGTH = 120
 MAX_COUNTED = 1 << 27
 """Columns of counts at most: 1 GB a process, 8 bytes for each."""
+
+
+_WHOLE = re.compile(r"-?[0-9]+")
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -63,6 +67,7 @@ def canonical(columns: pa.RecordBatch, layout: Layout, where: str) -> pa.Table:
             None if layout.label is None else columns.column(layout.label), rows, layout.labels_among
         ),
     }
+    check_classes(pc.unique(out["labels"].flatten()).to_pylist(), where)
     title = None if layout.title is None else columns.column(layout.title)
     if layout.kind == "text":
         texts = [columns.column(name).cast(pa.string()) for name in layout.text]
@@ -131,6 +136,28 @@ def _labels(column: pa.Array | None, rows: int, among: tuple[str, ...] | None) -
     kept = good.to_numpy(zero_copy_only=False)
     bounds = np.concatenate([[0], np.cumsum(np.bincount(row_of[kept], minlength=rows))]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(bounds), values.filter(good))
+
+
+def check_classes(classes: Collection[str], where: str) -> None:
+    """Refuse -1 among whole numbers, which scikit-learn and HDBSCAN write where there is no label; beside 1
+    alone it is one of two classes.
+
+    Args:
+        classes: the labels of some rows, or of all.
+        where: the rows, for the message.
+
+    Raises:
+        DataError: -1 would be scored as a class.
+    """
+    others = {name for name in classes if name != "-1"}
+    if len(others) == len(classes) or others <= {"1"} or not all(_WHOLE.fullmatch(name) for name in others):
+        return
+    some = ", ".join(sorted(others, key=int)[:3])
+    raise DataError(
+        f"{where}: the label -1 among {some} and other whole numbers, which scikit-learn writes for 'no "
+        "label' and which would be scored as a class; expected nothing in its place (null, an empty text; "
+        "NaN in an npz), or a word where -1 is a class: write the labels so."
+    )
 
 
 def _titles(texts: pa.Array, first_line: bool, mail: bool) -> pa.Array:

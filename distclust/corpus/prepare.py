@@ -22,6 +22,7 @@ import numpy as np
 
 from distclust import errors
 from distclust.corpus import passes
+from distclust.corpus.columns import check_classes
 from distclust.corpus.passes import Job
 from distclust.corpus.shards import (
     Manifest,
@@ -322,6 +323,7 @@ def _second_pass(job: Job, run: Any) -> Manifest:
     counts = RowCounts()
     for result in results:
         counts = counts + RowCounts(**{**result["counts"], "classes": set(result["counts"]["classes"])})
+    check_classes(counts.classes, "the documents")  # a file may have -1 alone
     kind = "dense" if job.source.kind == "dense" else "sparse"
     return Manifest(
         kind=kind,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -169,8 +170,8 @@ def test_arrays_of_the_other_order_of_bytes(tmp_path: Path) -> None:
         ({"y": np.arange(4)}, r"y is int64 of shape \(4,\); expected \(3,\)"),
         ({"y": np.array(1)}, r"y is int64 of shape \(\)"),
         ({"y": np.array([1j, 2, 3])}, "y is complex128"),
-        ({"y": np.array([-1, 0, 1])}, r"y is -1 in 1 of 3 rows.*NaN.*astype\(str\)"),
-        ({"y": np.array([-1.0, np.nan, -1])}, "y is -1 in 2 of 3 rows"),
+        ({"y": np.array([-1, 0, 1])}, "the label -1 among 0, 1 .*NaN in an npz"),
+        ({"y": np.array([-1.0, np.nan, 10])}, "the label -1 among 10 "),
         ({"data": np.array([1j, 2, 3])}, "data is complex128"),
         ({"data": np.array([1, 2, 3], np.longdouble)}, "data is float128"),
         ({"indptr": np.array([0.0, 1, 2, 3])}, "indptr is float64"),
@@ -180,7 +181,7 @@ def test_arrays_of_the_other_order_of_bytes(tmp_path: Path) -> None:
     ],
 )
 def test_a_matrix_that_is_none(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    refused(npz(tmp_path / "a.npz", **(CSR | changes)), tmp_path / "c", rf"a\.npz: .*{said}")
+    refused(npz(tmp_path / "a.npz", **(CSR | changes)), tmp_path / "c", rf"a\.npz.*: .*{said}")
 
 
 @pytest.mark.parametrize(
@@ -189,13 +190,40 @@ def test_a_matrix_that_is_none(tmp_path: Path, changes: dict[str, Any], said: st
         (np.array([0, np.nan, 2]), [["0"], [], ["2"]]),
         (np.array([-1, 1, -1]), [["-1"], ["1"], ["-1"]]),  # two classes, as many have them
         (np.array([1.0, np.nan, -1]), [["1"], [], ["-1"]]),
-        (np.array([-1, 0, 2]).astype(str), [["-1"], ["0"], ["2"]]),
+        (np.array(["-1", "1", "unknown"]), [["-1"], ["1"], ["unknown"]]),
         (np.array([0, 5, 2], np.uint8), [["0"], ["5"], ["2"]]),
     ],
 )
 def test_rows_without_a_label(tmp_path: Path, y: np.ndarray, found: list[list[str]]) -> None:
     corpus = prepared(npz(tmp_path / "a.npz", **CSR, y=y), tmp_path / "c")
     assert corpus.shard(0).labels() == found
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_minus_one_is_no_class_in_any_format(tmp_path: Path, ending: str, apart: bool) -> None:
+    """Also where one file has nothing else: the unlabelled documents beside the labelled ones."""
+
+    def source(labels: list[int]) -> SourceConfig:
+        parts = [[y for y in labels if (y == -1) == minus] for minus in (True, False)] if apart else [labels]
+        for number, part in enumerate(parts):
+            path = tmp_path / f"{number}.{ending}"
+            table = pa.table({"text": [f"wheat and corn {i}" for i in range(len(part))], "label": part})
+            if ending == "parquet":
+                pq.write_table(table, path)
+            elif ending == "csv":
+                pa.csv.write_csv(table, path)
+            else:
+                path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+        return files(tmp_path / f"*.{ending}")
+
+    said = (
+        "the documents: the label -1 among 0, 3, 12 and"
+        if apart
+        else rf"0\.{ending}, .*the label -1 among 0, 3"
+    )
+    refused(source([0, 3, -1, 12, -1]), tmp_path / "c", said)
+    assert set(prepared(source([1, -1, 1]), tmp_path / "d").manifest.classes) == {"-1", "1"}
 
 
 def test_rows_of_no_numbers(tmp_path: Path) -> None:

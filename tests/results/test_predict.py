@@ -169,7 +169,7 @@ def test_the_nearest_centroid_far_from_nought_and_in_any_batch() -> None:
     model = small_model("dmm", n_features=6, n_clusters=3)  # without a network: codes are the rows
     rng = np.random.default_rng(0)
     centroids = rng.normal(size=(3, 6)) + 10_000.0
-    rows = torch.from_numpy((centroids[rng.integers(3, size=2000)] + rng.normal(size=(2000, 6))))
+    rows = torch.from_numpy(centroids[rng.integers(3, size=2000)] + rng.normal(size=(2000, 6)))
     with torch.no_grad():
         model.pseudo_centroids.copy_(torch.from_numpy(centroids))
     rows = rows.float()
