@@ -214,11 +214,13 @@ def print_agreement(found: Agreement, names: list[str], as_json: bool) -> None:
             name: dict(zip(names, row, strict=True))
             for name, row in zip(names, found.pairs.tolist(), strict=True)
         }
-        said = {"agreement": found.mean, "nearest": nearest, "pairs": pairs}
+        used = dict(zip(names, found.used.tolist(), strict=True))
+        said = {"agreement": found.mean, "nearest": nearest, "clusters_used": used, "pairs": pairs}
         out.print(json.dumps(said, indent=1), soft_wrap=True, markup=False)
         return
-    for name, value in zip(names, found.of_each, strict=True):
-        out.print(f"{value:.3f}  {name}", soft_wrap=True, markup=False)
+    for name, value, used in zip(names, found.of_each, found.used, strict=True):
+        alone = "" if used > 1 else "  (all documents in one cluster: agrees with nobody)"
+        out.print(f"{value:.3f}  {name}{alone}", soft_wrap=True, markup=False)
     out.print(f"{found.mean:.3f}  on average: NMI (arithmetic) of every two of the {len(names)}")
     if len(names) > 2:  # two agree with each other equally
         out.print(f"{nearest} agrees most with the others.", soft_wrap=True, markup=False)

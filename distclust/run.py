@@ -27,7 +27,7 @@ from distclust.corpus.prepare import prepare, prepare_local
 from distclust.corpus.shards import MANIFEST, Corpus, Manifest
 from distclust.corpus.sources import SourceConfig
 from distclust.corpus.vocabulary import VOCABULARY_FILE, Vocabulary
-from distclust.errors import DataError
+from distclust.errors import CheckpointError, DataError
 from distclust.mixture.catalogue import ESTIMATORS
 from distclust.mixture.model import MixtureModel
 from distclust.preflight import (
@@ -355,7 +355,12 @@ class _Job:
             if kind in self.done.baselines:
                 continue
             with self.done.timed("baselines"):
-                self.done.baselines[kind] = {n: score_clusters(truth, c, k) for n, c in make().items()}
+                try:
+                    found = make()
+                except CheckpointError as error:  # of an earlier phase: the run itself is whole
+                    log.warning("the run goes without the baselines of its %s: %s", kind, error)
+                    continue
+                self.done.baselines[kind] = {n: score_clusters(truth, c, k) for n, c in found.items()}
         self.listener.advance(len(kinds), len(kinds))
 
     def _assign_fitted(self) -> Assignment:
@@ -490,8 +495,8 @@ def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def _relative(path: str, folder: Path) -> str:
-    """The path as seen from the run folder, where it lies in it."""
-    try:
-        return str(Path(path).absolute().relative_to(folder.absolute()))
-    except ValueError:
+    """The path as seen from the run folder, where it lies in it, else the whole of it; a URL as it is."""
+    if is_url(path):
         return path
+    whole = Path(path).absolute()
+    return str(whole.relative_to(folder.absolute()) if whole.is_relative_to(folder.absolute()) else whole)

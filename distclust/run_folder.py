@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from distclust.config import RunConfig, from_dict, to_dict
+from distclust.corpus.files import is_url
 from distclust.errors import ConfigError
 from distclust.training.checkpoint import differences
 
@@ -43,7 +44,7 @@ DEAD_AFTER_S = 120.0
 """A holder on another machine without a sign of life for so long is dead."""
 
 # These may differ from one start to the next; everything else makes another run.
-_FREE = ("checkpoint", "cluster", "tracking")
+_FREE = ("cache", "checkpoint", "cluster", "stream", "tracking")
 
 
 @contextmanager
@@ -357,8 +358,8 @@ def assignments_of(folder: Path) -> Path:
     return folder / ASSIGNMENTS if (folder / SUMMARY).exists() else folder
 
 
-def corpus_of(assignments: Path) -> Path:
-    """The corpus of the run that is, or has, the assignments.
+def corpus_of(assignments: Path) -> str:
+    """The corpus of the run that is, or has, the assignments: a path, or a URL.
 
     Raises:
         ConfigError: they are of no run, or of one that does not say.
@@ -366,7 +367,7 @@ def corpus_of(assignments: Path) -> Path:
     for folder in (assignments, assignments.parent):
         stored = read_json(folder / SUMMARY).get("corpus")
         if stored is not None:
-            return folder / stored
+            return stored if is_url(stored) else str(folder / stored)
     raise ConfigError(
         f"{assignments} is not of a run with a corpus; expected --corpus with the labelled corpus"
     )

@@ -32,7 +32,7 @@ from distclust.run import (
     prepare_run,
     train_run,
 )
-from distclust.run_folder import is_finished
+from distclust.run_folder import corpus_of, is_finished
 from stories import records, snapshot, tiny_run, write_jsonl
 
 SCORES = ("nmi_geometric", "nmi_arithmetic", "ari", "acc")
@@ -138,6 +138,19 @@ def test_a_corpus_is_shared_between_runs(finished, stories, tmp_path):
     assert not (tmp_path / "run" / "corpus").exists()
     assert shared["corpus"] == str(corpus)
     assert {k: shared[k] for k in SCORES} == {k: summary[k] for k in SCORES}
+
+
+@pytest.mark.parametrize("how", ["relative", "url"])
+def test_a_run_says_where_its_corpus_is(stories, tmp_path, monkeypatch, how):
+    """Whatever folder the next command is given in."""
+    monkeypatch.chdir(tmp_path)
+    prepare_run(tiny_run(stories), tmp_path / "shared")
+    root = "shared" if how == "relative" else f"file://{tmp_path}/shared"
+    summary = train_run(tiny_run(stories), tmp_path / "run", corpus_root=root, baselines=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = evaluate_run(tmp_path / "run", corpus_of(tmp_path / "run"))
+    assert found["ari"] == summary["ari"]
 
 
 def test_without_labels_nothing_is_scored(tmp_path):
@@ -321,6 +334,21 @@ def test_baselines_are_made_once(stories, tmp_path):
     done["baselines"]["rows"]["k-means"]["ari"] = 0.125  # a mark
     (folder / "done.json").write_text(json.dumps(done))
     assert train_run(tiny_run(stories), folder)["baselines"]["k-means"]["ari"] == 0.125
+
+
+def test_a_damaged_checkpoint_of_pretraining_costs_its_baselines_only(finished, stories, tmp_path, caplog):
+    _, expected = finished
+    folder = tmp_path / "run"
+    stop_after(folder, tiny_run(stories), "baselines")
+    weights = next((folder / "checkpoints").glob("*-after-pretrain")) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0\0")
+    summary = train_run(tiny_run(stories), folder)
+    assert "goes without the baselines of its codes" in caplog.text
+    assert "is damaged" in caplog.text
+    lost = {"AE + k-means", "AE (l2) + k-means"}
+    assert summary["baselines"] == {k: v for k, v in expected["baselines"].items() if k not in lost}
+    assert summary["ari"] == expected["ari"]
+    assert is_finished(folder)
 
 
 # ---- MLflow, and the ends that a run can come to

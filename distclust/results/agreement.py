@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from distclust.errors import ConfigError
+from distclust.errors import ConfigError, DataError
 from distclust.results.evaluate import clusters_of, document_ids
 from distclust.results.metrics import contingency, scores
 
@@ -21,7 +21,10 @@ class Agreement:
     """NMI between the clusters of runs, taken in pairs."""
 
     pairs: NDArray[np.float64]
-    """(R, R) NMI (arithmetic) in [0, 1], 1 on the diagonal."""
+    """(R, R) NMI (arithmetic) in [0, 1], 1 on the diagonal. With a run of one cluster it is 0, also for two
+    such: theirs would be 1, and a setting that collapses the best of all."""
+    used: NDArray[np.int64]
+    """(R,) clusters that have a document."""
 
     @property
     def mean(self) -> float:
@@ -49,7 +52,7 @@ def agreement(folders: Sequence[str | Path]) -> Agreement:
 
     Raises:
         ConfigError: fewer than two, or one is given twice.
-        DataError: one cannot be read, or they are not of the same documents.
+        DataError: one cannot be read, they are not of the same documents, or there are none.
     """
     if len(folders) < 2:
         raise ConfigError(f"agreement is between runs; found {len(folders)}, expected two or more")
@@ -59,7 +62,11 @@ def agreement(folders: Sequence[str | Path]) -> Agreement:
             raise ConfigError(f"{folders[number]} is given twice, and agrees with itself; give each run once")
     ids = document_ids(folders[0])
     found = [clusters_of(folder, ids, f"of {folders[0]}", only=True) for folder in folders]
+    if not len(ids):
+        raise DataError(f"{folders[0]} has no documents; expected the clusters of some")
+    used = np.array([len(np.unique(clusters)) for clusters, _ in found])
     pairs = np.eye(len(found))
     for (i, (one, n_one)), (j, (other, n_other)) in itertools.combinations(enumerate(found), 2):
-        pairs[i, j] = pairs[j, i] = scores(contingency(one, other, n_one, n_other)).nmi_arithmetic
-    return Agreement(pairs)
+        if min(used[i], used[j]) > 1:
+            pairs[i, j] = pairs[j, i] = scores(contingency(one, other, n_one, n_other)).nmi_arithmetic
+    return Agreement(pairs, used)

@@ -96,6 +96,10 @@ def clusters_of(
     files, n_clusters = _files(root)
     table = pa.concat_tables([_read(file) for file in files])
     wanted, found = ids.combine_chunks(), table["id"].combine_chunks()
+    if pc.count_distinct(found).as_py() != len(found):
+        counts = pc.value_counts(found)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
+        raise DataError(f"{root} has the id {twice!r} more than once; expected each document once.")
     if not found.equals(wanted):
         table = table.take(_places(found, wanted, root, whose))
         if only and len(found) != len(wanted):
@@ -150,10 +154,6 @@ def _read(file: Path) -> pa.Table:
 
 def _places(found: pa.Array, wanted: pa.Array, root: Path, whose: str) -> pa.Array:
     """Where each wanted id stands among those found."""
-    if pc.count_distinct(found).as_py() != len(found):
-        counts = pc.value_counts(found)
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-        raise DataError(f"{root} has the id {twice!r} more than once; expected each document once.")
     places = pc.index_in(wanted, value_set=found)
     if places.null_count:
         missing = wanted.filter(places.is_null())

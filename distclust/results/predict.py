@@ -282,12 +282,27 @@ class Predictor:
         for start in range(0, n, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, n)
             scores = self.model.predict(block(start, stop))[: stop - start].float().cpu()  # (b, K)
+            best = scores.amax(1)  # (b,), NaN where there is one
+            if not bool(torch.isfinite(best).all()):
+                raise self._no_score(start + int((~torch.isfinite(best)).nonzero()[0]))
             clusters[start:stop] = scores.argmax(1).numpy()
             probabilities[start:stop] = scores.exp().numpy()
             if k > 1:
-                best = scores.topk(2, dim=1).values
-                ambiguous[start:stop] = (best[:, 0] - best[:, 1] < AMBIGUOUS).numpy()
+                two = scores.topk(2, dim=1).values
+                ambiguous[start:stop] = (two[:, 0] - two[:, 1] < AMBIGUOUS).numpy()
         return Prediction(clusters, probabilities, ambiguous)
+
+    def _no_score(self, row: int) -> DataError:
+        """Of a row whose scores are not finite: NaN would be as good a label as any."""
+        weights = self.model.prediction_state().values()
+        if not all(bool(torch.isfinite(w).all()) for w in weights):
+            return DataError(
+                "the model holds weights that are not finite; expected finite ones: train it again"
+            )
+        return DataError(
+            f"row {row} of those given has no finite score; expected rows like those of the training: its "
+            "values are so large that their squares leave float32. Correct or drop the row"
+        )
 
     def _check_finite(self, values: NDArray[np.float32]) -> None:
         if not np.isfinite(values).all():

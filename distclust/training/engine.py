@@ -37,7 +37,7 @@ from distclust.mixture.terms import Scene, Stats
 from distclust.training.checkpoint import CheckpointStore, differences
 from distclust.training.hooks import Hooks, NoHooks, Outcome, Position
 from distclust.training.initialise import fit_spectral_map, start_clusters
-from distclust.training.not_finite import explain
+from distclust.training.not_finite import check_totals, check_weights, explain
 from distclust.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from distclust.training.schedules import WeightAverage, anneal
 from distclust.training.world import World, reducer_freed_first
@@ -292,28 +292,29 @@ class Trainer:
     def sweep(self, statistic: Statistic) -> None:
         """A statistic over the whole data: sums over own lanes, then over workers."""
         sums: Stats = {}
-
-        def add(batch: Batch) -> None:
-            x = self.rows(batch)
-            scene = Scene(self.model, x, self.model.view(x, statistic.needs), self.totals)
-            for key, value in statistic.collect(scene).items():
-                sums[key] = sums[key] + value if key in sums else value
-
         with torch.no_grad():
             for batch in self.stream.scan():
-                add(batch)
-            if not sums:  # a worker whose lanes have no row at all takes part with zeros
-                add(self.stream.gather(np.empty(0, np.int64)))
-            self._apply(statistic, sums)
+                for key, value in self.collected(statistic, batch).items():
+                    sums[key] = sums[key] + value if key in sums else value
+            # a worker whose lanes have no row at all takes part with zeros
+            sums = sums or self.collected(statistic, self.stream.gather(np.empty(0, np.int64)))
+            totals = self.world.sum(sums)
+            check_totals(self, statistic, totals)
+            self._apply(statistic, totals)
+
+    def collected(self, statistic: Statistic, batch: Batch) -> Stats:
+        """A statistic's sums over undisturbed rows."""
+        x = self.rows(batch)
+        scene = Scene(self.model, x, self.model.view(x, statistic.needs), self.totals)
+        return statistic.collect(scene)
 
     def _collect(self, statistic: Statistic, x: Rows, phase: Phase, noise: Noise | None) -> None:
         """A statistic over the rows of one step, as disturbed as the loss sees them when there is noise."""
         with torch.no_grad():
             scene = self.model.disturbed(x, phase, self.totals, noise, statistic.needs)
-            self._apply(statistic, statistic.collect(scene))
+            self._apply(statistic, self.world.sum(statistic.collect(scene)))
 
-    def _apply(self, statistic: Statistic, sums: Stats) -> None:
-        totals = self.world.sum(sums)
+    def _apply(self, statistic: Statistic, totals: Stats) -> None:
         statistic.apply(self.model, totals)
         if statistic.when != "begin":
             self.totals |= totals
@@ -413,8 +414,10 @@ class Trainer:
     # ---- checkpoints
 
     def save(self, label: str, phase: Phase) -> None:
-        """Write the state; rank 0 writes, all wait. `after-<phase>` checkpoints are kept for good."""
+        """Write the state, unless it is not finite; rank 0 writes, all wait. `after-<phase>` checkpoints are
+        kept for good."""
         p = self.position
+        check_weights(self.model, p, phase)
         name = f"{p.global_step:010d}-{p.phase:02d}-{label}"
         if label.startswith("after-"):
             self.phase_checkpoints[phase.name] = name

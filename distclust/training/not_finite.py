@@ -1,4 +1,4 @@
-"""Where a value that is not finite came from: the step is computed again, and its term and rows are named."""
+"""Where a value that is not finite came from: the step or pass is computed again, and its rows are named."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from distclust.mixture.noise import Noise
 from distclust.mixture.settings import Phase
 
 if TYPE_CHECKING:
+    from distclust.mixture.model import MixtureModel
+    from distclust.mixture.statistics import Statistic, Stats
     from distclust.training.engine import Trainer
     from distclust.training.hooks import Position
 
@@ -47,7 +49,9 @@ def explain(trainer: Trainer, batch: Batch, position: Position, phase: Phase) ->
                 break
     if not finding:
         names = [
-            n for n, p in trainer.trained.items() if p.grad is not None and not torch.isfinite(p.grad).all()
+            n
+            for n, p in trainer.trained.items()
+            if p.grad is not None and not torch.isfinite(p.grad.norm())  # as the step itself asks
         ]
         finding = f"gradient of {', '.join(names[:5]) or 'another worker'}"
     everywhere = [text for text in trainer.world.gather_texts(finding) if "another worker" not in text]
@@ -58,3 +62,60 @@ def explain(trainer: Trainer, batch: Batch, position: Position, phase: Phase) ->
         f"{terms[0] if terms else 'not found again'}. The update was not made; the last checkpoint is "
         "finite. Lower the learning rate of this phase, or look at these documents"
     )
+
+
+def check_weights(model: MixtureModel, position: Position, phase: Phase) -> None:
+    """Look at what a checkpoint would hold: a step's own check is of its gradients, before they are used.
+
+    Raises:
+        NonFiniteError: weights or statistics that are not finite, the same on all workers.
+    """
+    learnt = {name for name, _ in model.named_parameters()}
+    wrong = [
+        name
+        for name, value in model.state_dict().items()
+        # a buffer may have infinities to say that a place is empty
+        if bool((~torch.isfinite(value) if name in learnt else torch.isnan(value)).any())
+    ]
+    if wrong:
+        raise NonFiniteError(
+            f"after step {position.global_step} (phase {phase.name}) {', '.join(wrong[:5])} "
+            f"{'is' if len(wrong) == 1 else 'are'} not finite; expected finite weights. Nothing was saved, "
+            "and the last checkpoint is finite: lower the learning rate of this phase, or look at its other "
+            "settings"
+        )
+
+
+def check_totals(trainer: Trainer, statistic: Statistic, totals: Stats) -> None:
+    """Look at the sums of a pass over the data before the model takes them; find the rows that they break at.
+
+    Raises:
+        NonFiniteError: on all workers, with the first row that some worker found.
+    """
+    wrong = [name for name, total in totals.items() if not bool(torch.isfinite(total).all())]
+    if not wrong:
+        return
+    everywhere = [text for text in trainer.world.gather_texts(_breaking(trainer, statistic)) if text]
+    p = trainer.position
+    raise NonFiniteError(
+        f"{', '.join(wrong)} of a pass over the data (phase {trainer.phases[p.phase].name}, epoch {p.epoch}) "
+        f"are not finite; the first row that they break at: {everywhere[0] if everywhere else 'none alone'}. "
+        "Expected rows whose squares float32 can hold. The model was not changed with it: correct or drop "
+        "such documents, or set vocabulary.scale lower"
+    )
+
+
+def _breaking(trainer: Trainer, statistic: Statistic) -> str:
+    """The first of this worker's rows whose own sums are not finite; empty where there is none."""
+
+    def whole(numbers: np.ndarray) -> bool:
+        sums = trainer.collected(statistic, trainer.stream.gather(numbers))
+        return all(bool(torch.isfinite(value).all()) for value in sums.values())
+
+    for batch in trainer.stream.scan():
+        numbers = batch.rows.cpu().numpy()
+        if not whole(numbers):
+            for row in numbers:
+                if not whole(np.array([row])):
+                    return describe_row(trainer.corpus, int(row))
+    return ""

@@ -380,11 +380,22 @@ def _replay_into(client: MlflowClient, run_id: str, spool: Spool) -> None:
     missing = [point for place, point in points.items() if place not in there]
     for start in range(0, len(missing), MAX_BATCH):
         log_points(client, run_id, missing[start : start + MAX_BATCH])
+    gone = []
     for record in spool.records():
-        if "path" in record and not Path(record["path"]).exists():
-            logger.warning("%s is gone; the run goes without it", record["path"])
-        else:
-            apply(client, run_id, record)
+        if "path" in record:
+            # the run folder may have been moved or copied since
+            here = spool.path.parent / Path(record["path"]).name
+            record |= {"path": str(here)} if here.exists() else {}
+            if not Path(record["path"]).exists():
+                gone.append(record["path"])
+                continue
+        apply(client, run_id, record)
+    if gone:
+        raise TrackingError(
+            f"{' and '.join(gone)} cannot be sent: not there, nor beside {spool.path}; expected what the run "
+            f"left. All else was sent. Put it there and give the command again, or remove {spool.path.name} "
+            "to go without"
+        )
     spool.remove()
 
 

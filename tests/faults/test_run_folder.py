@@ -202,7 +202,14 @@ def test_only_the_same_configuration_continues(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["cluster.workers=2", "checkpoint.every_steps=7", "tracking.experiment=other"]
+    "change",
+    [
+        "cluster.workers=2",
+        "checkpoint.every_steps=7",
+        "tracking.experiment=other",
+        "cache.max_bytes=10000000",  # what a full cache asks for
+        "stream.prefetch=1",
+    ],
 )
 def test_what_does_not_change_the_result_may_change(tmp_path, change):
     run_folder.remember_run(tmp_path, load_recipe("smoke"), {})

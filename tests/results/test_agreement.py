@@ -28,6 +28,29 @@ def runs(tmp_path):
     return [tmp_path / f"{number}.parquet" for number in range(3)], clusters
 
 
+def test_runs_that_collapsed_agree_with_nobody(runs, tmp_path):
+    """One cluster for all is the same whatever the seed, and says nothing for a setting."""
+    files, _ = runs
+    for name in ("one", "two"):
+        pq.write_table(pa.table({"id": IDS, "cluster": np.zeros(200, int)}), tmp_path / f"{name}.parquet")
+    found = agreement([tmp_path / "one.parquet", tmp_path / "two.parquet", files[1], files[2]])
+    assert found.of_each[:2].tolist() == [0.0, 0.0]
+    assert found.used.tolist() == [1, 1, 4, 4]
+    assert found.nearest == 2
+
+
+def test_repeated_ids_and_no_documents_are_refused(tmp_path):
+    for name, ids in (("a", ["x", "x", "y"]), ("b", ["x", "x", "y"]), ("none", []), ("nothing", [])):
+        table = pa.table(
+            {"id": pa.array(ids, pa.string()), "cluster": pa.array([0, 1, 2][: len(ids)], pa.int64())}
+        )
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError, match="'x' more than once"):
+        agreement([tmp_path / "a.parquet", tmp_path / "b.parquet"])
+    with pytest.raises(DataError, match="has no documents; expected"):
+        agreement([tmp_path / "none.parquet", tmp_path / "nothing.parquet"])
+
+
 def test_it_is_the_mean_nmi_of_pairs_and_names_the_run_in_the_middle(runs):
     files, clusters = runs
     found = agreement(files)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,22 @@ def test_the_nearest_centroid_far_from_nought_and_in_any_batch() -> None:
     assert torch.equal(model.pseudo_labels(rows), expected)
     few = torch.cat([model.pseudo_labels(part) for part in rows.split(5)])
     assert torch.equal(few, expected)
+
+
+@pytest.mark.parametrize("method", ["dmm", "bregman", "vade", "k-dae"])
+def test_a_row_without_a_finite_score_has_no_label(method: str) -> None:
+    """The argmax of NaN is a cluster, too."""
+    rows = np.random.default_rng(0).standard_normal((700, 6)).astype(np.float32)
+    predictor = Predictor(small_model(method, 6), {"kind": "dense", "row_scale": 1.0})
+    predictor.predict_dense(rows)
+    rows[613] = 1e25
+    with pytest.raises(DataError, match="row 613 of those given has no finite score; expected"):
+        predictor.predict_dense(rows)
+    with torch.no_grad():
+        for parameter in predictor.model.parameters():
+            parameter.fill_(math.nan)
+    with pytest.raises(DataError, match="the model holds weights that are not finite; expected"):
+        predictor.predict_dense(rows[:5])
 
 
 def test_an_export_replaces_a_model_and_a_failed_one_leaves_it(tmp_path: Path) -> None:

@@ -8,13 +8,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import runs
 from corpora import dense_rows, make_corpus
 from distclust.config import RunConfig, method_row
-from distclust.corpus.shards import Corpus
+from distclust.corpus.prepare import prepare_local
+from distclust.corpus.shards import Corpus, ShardConfig
+from distclust.corpus.sources import SourceConfig
+from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import CheckpointError, DataError, NonFiniteError
 from distclust.mixture import terms
 from distclust.mixture.methods import METHODS, Method, ModelSettings, OptimizerConfig, Phase
@@ -97,6 +101,35 @@ def test_a_value_that_is_not_finite_stops_the_run_and_changes_nothing(
             assert torch.equal(value, poisoned.model.state_dict()[name]), name
     assert all(torch.isfinite(v).all() for v in poisoned.model.state_dict().values())
     assert CheckpointStore(str(tmp_path / "poisoned" / "checkpoints")).latest() is None
+
+
+@pytest.mark.parametrize("method", ["idec", "damic"])
+def test_weights_that_a_last_step_broke_are_not_saved(corpus: Corpus, tmp_path: Path, method: str) -> None:
+    """The step's own check is of gradients; the last one's effect on the weights nobody else sees."""
+    row = METHODS[method]
+    last = row.phases[-1].name
+    phases = {p.name: {"epochs": 1} for p in row.phases if p.epochs}
+    phases[last] = {"epochs": 1, "optimizer": {"name": "adam", "learning_rate": 1e38}}
+    one_step = {"lanes": 6, "rows_per_lane": 40, "window": 2}
+    config = runs.tiny_config(method, phases=phases, order=one_step)
+    with pytest.raises(NonFiniteError, match=f"phase {last}.* not finite; expected .*learning rate"):
+        trainer(config, corpus, tmp_path).run()
+    kept = CheckpointStore(str(tmp_path / "checkpoints")).latest()
+    assert kept is not None
+    assert "after-joint" not in kept
+
+
+def test_a_row_that_breaks_a_pass_over_the_data_is_named(tmp_path: Path) -> None:
+    """EM has no gradients: the sums of its pass are looked at before the model takes them."""
+    rows = np.random.default_rng(0).standard_normal((45, 6))
+    rows[27] = 1e20
+    np.savez(tmp_path / "a.npz", x=rows.astype(np.float32))
+    source = SourceConfig(name="files", files=(str(tmp_path / "a.npz"),))
+    prepare_local(source, VocabularyConfig(), ShardConfig(rows_per_shard=9), tmp_path / "corpus")
+    corpus = Corpus.open(tmp_path / "corpus")
+    config = runs.tiny_config("bregman", initialise={"sample": 3}, phases={"em": {"epochs": 3}})
+    with pytest.raises(NonFiniteError, match=r"em_.*pass over the data \(phase em.*shard-00003.*'27'"):
+        trainer(config, corpus, tmp_path / "run").run()
 
 
 class _Stopped(Exception):

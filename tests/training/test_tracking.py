@@ -266,6 +266,35 @@ def test_without_a_server_everything_is_spooled_and_replayed(
     assert math.isnan(run.data.metrics["bad"])
 
 
+def test_a_spool_is_replayed_from_where_the_run_folder_is_now(run_dir: Path, tmp_path: Path) -> None:
+    """Moved since; and what cannot be found keeps the spool."""
+    away = TrackingConfig(uri=f"http://127.0.0.1:{free_port()}", on_unreachable="spool")
+    tracker = Tracker.open(away, run_dir, name="demo")
+    for name in ("summary.json", "other.json"):
+        (run_dir / name).write_text("{}")
+        tracker.log_artifacts(run_dir / name)
+    tracker.finish("FINISHED")
+    moved = tmp_path / "moved" / "run"
+    moved.parent.mkdir()
+    run_dir.rename(moved)
+    other = (moved / "other.json").rename(tmp_path / "other.json")
+
+    uri = f"sqlite:///{database(moved)}"
+    with pytest.raises(
+        TrackingError, match=rf"other\.json cannot be sent.*nor beside {moved / SPOOL}; expected"
+    ):
+        replay(moved, uri)
+    assert (moved / SPOOL).exists()
+    other.rename(moved / "other.json")
+    run_id = replay(moved, uri)
+    assert not (moved / SPOOL).exists()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    assert {file.path for file in client.list_artifacts(run_id)} >= {"summary.json", "other.json"}
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
 def test_a_spool_of_earlier_steps_fills_the_gap_of_a_run_that_went_on(run_dir: Path) -> None:
     tracker = Tracker.open(TrackingConfig(), run_dir, name="demo")
     sink = MetricSink(tracker.uri, tracker.run_id, run_dir / SPOOL)
