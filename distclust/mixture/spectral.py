@@ -82,6 +82,11 @@ class SpectralMap(nn.Module):
         if gamma is None:
             near = 1 + -(-len(rows) // _NEAR)
             gamma = float(0.5 / square.kthvalue(near, dim=1).values.median())
+            if gamma > torch.finfo(torch.float32).max:
+                raise DataError(
+                    f"the landmarks lie so near each other that the measured gamma is {gamma:.3g}; expected "
+                    "one that float32 can hold: set vocabulary.scale higher"
+                )
         affinity = torch.exp(-gamma * square)
         others = affinity.sum(1) - 1.0
         kept = others > _ALONE * others.median()

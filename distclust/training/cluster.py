@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 
 ELASTIC_START_S = 10.0
 """An elastic group that cannot start with the nodes it counted on looks again after so long."""
+ANSWER_S = 20.0
+"""Within so long somebody has to listen at RAY_ADDRESS."""
 POLL_S = 0.5
 """How often Ray looks at its workers. Its own default of 2 s is what every phase would wait at its end."""
 
@@ -189,6 +191,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
         workers = max(cluster.worker_range[1], 1) * cluster.cpus_per_worker
         options["num_cpus"] = max(os.cpu_count() or 1, workers + 2)
     try:
+        _check_answers(address)
         with _quiet("ray._private.authentication.authentication_token_setup"):
             ray.init(**options)
     except (OSError, RuntimeError, ValueError) as error:
@@ -202,6 +205,17 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     finally:
         _alone = False
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself asks an address again and again, for minutes.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
 
 
 @contextmanager

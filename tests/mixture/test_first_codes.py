@@ -124,6 +124,11 @@ def test_rows_far_from_the_origin_have_the_same_codes() -> None:
     torch.testing.assert_close(a @ a.t(), b @ b.t(), atol=4e-2, rtol=0)
 
 
+def test_rows_too_small_for_a_measured_width_are_refused() -> None:
+    with pytest.raises(DataError, match="measured gamma is .*; expected .*vocabulary.scale"):
+        fitted(moons()[0].double() * 1e-22, 3, None)
+
+
 @pytest.mark.parametrize(
     ("gamma", "message"),
     [

@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import sys
 import threading
 import time
@@ -416,6 +417,17 @@ def test_an_address_that_is_not_a_cluster_of_this_machine_is_refused(
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ClusterError, match="ray job submit"), connect(ClusterConfig()):
         pass
+
+
+def test_an_address_where_nobody_listens_is_found_out_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
+        before = time.monotonic()
+        said = "no Ray cluster at 127.0.0.1:.*expected"
+        with pytest.raises(ClusterError, match=said), connect(ClusterConfig()):
+            pass
+        assert time.monotonic() - before < 15
 
 
 def test_storage_that_a_node_does_not_see_is_named(corpus: Path, tmp_path: Path) -> None:
