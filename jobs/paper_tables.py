@@ -337,8 +337,8 @@ def _notes(table: Table, protocol: str, seeds: int, lines: Sequence[Line]) -> li
         notes.append(
             "Agreement of seeds: mean NMI (arithmetic) between the clusters of every two runs of a row, "
             "without any label, and 0 with a run that has all documents in one cluster. Beside it the NMI "
-            "(arithmetic) of the seed that agrees most with the others, which is the one to take where there are "
-            "no labels (`distclust agree`)."
+            "(arithmetic) of the seed that agrees most with the others, which is the one to take where there "
+            "are no labels (`distclust agree`)."
         )
     if any(line.cells and not line.summaries for line in lines):
         notes.append(f"Hours of what was not run are for one seed: {general.hours_from.strip()}")
