@@ -419,19 +419,25 @@ def _parse(data: Mapping[str, Any]) -> RunConfig:
             json.dumps(data, default=str), strict=True
         )
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError("\n".join(_explain(e, data) for e in error.errors())) from error
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error)) from error
     return config
 
 
-def _explain(error: Any) -> str:
-    """One line of pydantic's findings, in words."""
-    cause = (error.get("ctx") or {}).get("error")
+def _explain(error: Any, data: Mapping[str, Any]) -> str:
+    """One line of pydantic's findings on the data, in words."""
+    cause, loc = (error.get("ctx") or {}).get("error"), [str(part) for part in error["loc"]]
+    if loc[:1] == ["phases"] and len(loc) > 1:  # a phase has a name, and the place that pydantic tells
+        loc[1] = str(_name_of(data["phases"][int(loc[1])]) or loc[1])
+    place = ".".join(loc)
     if isinstance(cause, Exception):
-        return str(cause)
-    place = ".".join(str(part) for part in error["loc"])
+        return f"{place}.{cause}" if loc[-1:] == ["optimizer"] else str(cause)
     return f"{place} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _name_of(phase: Any) -> Any:
+    return phase.get("name") if isinstance(phase, Mapping) else None
 
 
 def from_dict(data: Mapping[str, Any]) -> RunConfig:

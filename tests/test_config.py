@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import typing
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from distclust import config
 from distclust.config import RunConfig, from_dict, load_recipe, recipe_names, resolve, to_dict
 from distclust.errors import ConfigError
-from distclust.mixture.methods import METHODS
+from distclust.mixture.methods import METHODS, Phase
 
 LEAST = {"method": "damic-text", "clusters": 9}
 
@@ -256,3 +258,42 @@ def test_impossible_clusters_are_refused_as_they_are_read(setting: str, value: A
 def test_odd_values_of_a_recipe_are_named(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         resolve({"method": "damic", "clusters": 3} | changes)
+
+
+def numbers_of(cls: type, where: str = "") -> Iterator[str]:
+    """Every setting that may be a number with a fraction, as an override names it; the joint phase's."""
+    hints = typing.get_type_hints(cls)
+    for name, hint in hints.items():
+        inner = config._dataclass_in(hint)
+        if name == "phases":
+            yield from numbers_of(Phase, "phases.joint.")
+        elif inner is not None:
+            yield from numbers_of(inner, f"{where}{name}.")
+        elif float in (hint, *typing.get_args(hint)):
+            yield where + name
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "-1.0"])
+@pytest.mark.parametrize("setting", sorted(numbers_of(RunConfig)))
+def test_no_number_may_be_infinite_or_none_at_all_or_below_nought(setting: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{setting.split('.')[-1]}.* is .*expected"):
+        load_recipe("smoke", [f"{setting}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("eps=0", r"^phases\.joint\.optimizer\.eps is 0\.0; expected a finite number above 0$"),
+        ("momentum=2", r"optimizer\.momentum is 2\.0; expected a share in \[0, 1\)"),
+        ("floor=10", r"optimizer\.floor is 10\.0 and learning_rate 0\.001; .*set floor as well"),
+    ],
+)
+def test_step_sizes_that_no_optimiser_takes_are_refused_as_they_are_read(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_recipe("smoke", [f"phases.joint.optimizer.{override}"])
+
+
+@pytest.mark.parametrize("weight", [".nan", ".inf"])
+def test_a_weight_of_a_term_is_a_finite_number(weight: str) -> None:
+    with pytest.raises(ConfigError, match=r"phases\.joint\.terms: the weight of lse_clean_teacher is"):
+        load_recipe("smoke", [f"phases.joint.terms=[[lse_clean_teacher, {weight}]]"])

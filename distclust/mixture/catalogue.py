@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distclust.mixture.energies import DISSIMILARITIES, NORMALISERS
-from distclust.mixture.settings import one_of
+from distclust.mixture.settings import ABOVE_0, FROM_1, check_number, one_of
 
 SLOTS = (
     "network",
@@ -67,14 +67,10 @@ class EstimatorConfig:
             raise ValueError(f"estimator.neighbours is {self.neighbours}; expected at least 2: itself counts")
         if self.components is not None and self.components < 0:
             raise ValueError(f"estimator.components is {self.components}; expected 0 or more")
-        if not self.floor > 0:
-            raise ValueError(f"estimator.floor is {self.floor}; expected a variance above 0")
+        for name, rule in (("floor", ABOVE_0), ("interval", ABOVE_0), ("p", FROM_1)):
+            check_number(f"estimator.{name}", getattr(self, name), rule)
         one_of("estimator.dissimilarity", self.dissimilarity, DISSIMILARITIES)
         one_of("estimator.normaliser", self.normaliser, NORMALISERS)
-        if self.p < 1:
-            raise ValueError(f"estimator.p is {self.p}; Minkowski's exponent is at least 1")
-        if not self.interval > 0:
-            raise ValueError(f"estimator.interval is {self.interval}; expected a length above 0")
 
 
 DIRECTIONS = 50

@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distclust.errors import near
 from distclust.mixture.energies import DISSIMILARITIES, NORMALISERS
 from distclust.mixture.imports import is_import_path
 from distclust.mixture.layers import ACTIVATIONS
 
 
 def one_of(field_name: str, value: str, allowed: object) -> None:
-    """Raises ValueError with the names that may be used."""
+    """Raises ValueError with the names that may be used, and the nearest of them."""
     names = sorted(allowed)  # type: ignore[call-overload]
     if value not in names:
-        raise ValueError(f"{field_name} is {value!r}; expected one of: {', '.join(names)}")
+        said = f"{field_name} is {value!r}; expected one of: {', '.join(names)}"
+        raise ValueError(said + near(value, names))
+
+
+Rule = tuple[Callable[[float], bool], str]
+"""Which finite numbers a setting may be, and in words."""
+ANY: Rule = (lambda v: True, "a finite number")
+ABOVE_0: Rule = (lambda v: v > 0, "a finite number above 0")
+FROM_0: Rule = (lambda v: v >= 0, "a finite number, 0 or more")
+FROM_1: Rule = (lambda v: v >= 1, "a finite number of at least 1")
+SHARE: Rule = (lambda v: 0 <= v < 1, "a share in [0, 1)")
+FACTOR: Rule = (lambda v: 0 < v <= 1, "a factor above 0, and 1 at most")
+
+
+def check_number(field_name: str, value: float | None, rule: Rule) -> None:
+    """Raises ValueError for a number that is not finite or that the rule refuses; None is no number.
+
+    A NaN is not below any bound, so a comparison alone lets it pass, or not, by the way it is written.
+    """
+    fits, expected = rule
+    if value is not None and not (math.isfinite(value) and fits(value)):
+        raise ValueError(f"{field_name} is {value}; expected {expected}")
+
+
+_MODEL_NUMBERS: dict[Rule, tuple[str, ...]] = {
+    SHARE: ("input_dropout", "hidden_dropout", "gate_dropout", "expert_threshold"),
+    ABOVE_0: (
+        *("tau", "tau_spread", "sharpen", "target_kappa", "alpha", "interval", "degrees"),
+        *("fourier_gamma", "spectral_gamma"),
+    ),
+    FROM_0: ("balance", "target_eta", "log_det", "rotation", "shift"),
+    FROM_1: ("p",),
+}
+"""Every number of `ModelSettings` that is not whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,30 +165,13 @@ class ModelSettings:
         for name in ("code_size", "expert_code_size", "landmarks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("input_dropout", "hidden_dropout", "gate_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; expected a share in [0, 1)")
-        positive = ("tau", "alpha", "tau_spread", "degrees", "target_kappa", "sharpen")
-        for name in (*positive, "fourier_gamma", "spectral_gamma"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"model.{name} is {value}; expected a finite number above 0")
-        for name in ("balance", "target_eta", "rotation", "shift"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; expected 0 or more")
+        for rule, names in _MODEL_NUMBERS.items():
+            for name in names:
+                check_number(f"model.{name}", getattr(self, name), rule)
         self._check_top_experts()
-        if self.p < 1:
-            raise ValueError(f"model.p is {self.p}; Minkowski's exponent is at least 1")
-        if not self.interval > 0:
-            raise ValueError(f"model.interval is {self.interval}; expected a length above 0")
         self._check_images()
 
     def _check_top_experts(self) -> None:
-        if not 0.0 <= self.expert_threshold < 1.0:
-            raise ValueError(
-                f"model.expert_threshold is {self.expert_threshold}; expected a probability in [0, 1), 0 for "
-                "all experts"
-            )
         if self.expert_limit < 0 or self.expert_check_steps < 1:
             raise ValueError(
                 f"model.expert_limit is {self.expert_limit} and model.expert_check_steps "
@@ -188,6 +207,15 @@ class ModelSettings:
             raise ValueError("model.experts is convolutional: it needs model.image, and rows to reconstruct")
 
 
+_OPTIMIZER_NUMBERS: dict[Rule, tuple[str, ...]] = {
+    ABOVE_0: ("learning_rate", "eps"),
+    SHARE: ("momentum",),
+    FROM_0: ("weight_decay", "floor"),
+    FACTOR: ("decay",),
+}
+"""Every number of `OptimizerConfig` that is not whole."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
     """How a phase descends."""
@@ -212,10 +240,14 @@ class OptimizerConfig:
     """The step size does not decay below this."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; expected a number above 0")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay is {self.decay}; expected a factor above 0, and 1 at most")
+        for rule, names in _OPTIMIZER_NUMBERS.items():
+            for name in names:
+                check_number(name, getattr(self, name), rule)
+        if self.floor > self.learning_rate:
+            raise ValueError(
+                f"floor is {self.floor} and learning_rate {self.learning_rate}; expected a floor that is not "
+                "above the step size that decays to it: set floor as well"
+            )
         if self.decay_epochs < 1:
             raise ValueError(f"decay_epochs is {self.decay_epochs}; expected at least 1")
         if self.nesterov and self.momentum <= 0:
@@ -265,32 +297,31 @@ class Phase:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
+        where = f"phases.{self.name}"
         if self.epochs < 0:
-            raise ValueError(f"phases.{self.name}.epochs is {self.epochs}; expected 0 or more")
+            raise ValueError(f"{where}.epochs is {self.epochs}; expected 0 or more")
         if self.epochs and self.trains and not self.terms:
             raise ValueError(f"phase {self.name} has {self.epochs} epochs and no term to train on")
         if self.epochs and not self.trains and not self.statistics:
             raise ValueError(f"phase {self.name} has {self.epochs} epochs and nothing that they change")
         for part in self.trains:
-            one_of(f"phases.{self.name}.trains", part.split(".")[0], ("network", "experts", "energy", "gate"))
-        if self.refresh_steps < 0 or not 0 <= self.stop_label_change < 1:
-            raise ValueError(
-                f"phase {self.name}: refresh_steps is {self.refresh_steps} and stop_label_change "
-                f"{self.stop_label_change}; expected 0 or more, and a share in [0, 1)"
-            )
+            one_of(f"{where}.trains", part.split(".")[0], ("network", "experts", "energy", "gate"))
+        if self.refresh_steps < 0:
+            raise ValueError(f"{where}.refresh_steps is {self.refresh_steps}; expected 0 or more")
+        for term, weight in self.terms:
+            check_number(f"{where}.terms: the weight of {term}", weight, ANY)
+        check_number(f"{where}.stop_label_change", self.stop_label_change, SHARE)
+        check_number(f"{where}.anneal_from", self.anneal_from, ABOVE_0)
+        check_number(f"{where}.tau_factor", self.tau_factor, ABOVE_0)
         if self.stop_label_change and "teacher" not in self.statistics:
             raise ValueError(
                 f"phase {self.name} stops by label changes, which its teacher counts; expected the "
                 "statistic 'teacher'"
             )
         if self.sweep_epochs < 1:
-            raise ValueError(f"phase {self.name}: sweep_epochs is {self.sweep_epochs}; expected at least 1")
-        if self.anneal_epochs < 1 or not self.anneal_from > 0:
-            raise ValueError(f"phase {self.name}: anneal_epochs and anneal_from must be above 0")
-        if not 0 < self.tau_factor < float("inf"):
-            raise ValueError(
-                f"phases.{self.name}.tau_factor is {self.tau_factor}; expected a finite number above 0"
-            )
+            raise ValueError(f"{where}.sweep_epochs is {self.sweep_epochs}; expected at least 1")
+        if self.anneal_epochs < 1:
+            raise ValueError(f"{where}.anneal_epochs is {self.anneal_epochs}; expected at least 1")
 
     @property
     def trains_network(self) -> bool:
