@@ -1,9 +1,8 @@
 """The run configuration: frozen, slotted dataclasses, parsed from YAML at the edge.
 
 A recipe is a YAML file. It names a method, which brings its own settings and phases; what the recipe writes
-under `model` and
-`phases` changes those. `load_recipe` resolves everything, so that a `RunConfig` says the whole truth about a
-run.
+under `model` and `phases` changes those. `load_recipe` resolves everything, so that a `RunConfig` says the
+whole truth about a run.
 """
 
 from __future__ import annotations
@@ -361,11 +360,13 @@ def resolve(data: Mapping[str, Any]) -> RunConfig:
     if str(data["method"]) in ESTIMATORS:
         return _resolve_estimator(data)
     row = method_row(str(data["method"]))
-    model, phases = data.get("model") or {}, data.get("phases") or {}
+    model, phases = ({} if data.get(key) is None else data[key] for key in ("model", "phases"))
     _check_keys(ModelSettings, model, "model")
     data["model"] = to_dict(row.settings) | dict(model)
     if isinstance(phases, Mapping):
         data["phases"] = _merge_phases(row, phases)
+    elif phases == []:
+        raise ConfigError("phases is an empty list; expected phases: leave it out for those of the method")
     _check_keys(RunConfig, data, "")
     return _parse(data)
 
@@ -395,6 +396,11 @@ def _merge_phases(row: Method, changes: Mapping[str, Any]) -> list[dict[str, Any
                 f"phases.{name} is unknown: {row.name} has {', '.join(names)}{nearest(name, names)}"
             )
         _check_keys(Phase, change, f"phases.{name}")
+        if "name" in change:
+            raise ConfigError(
+                f"phases.{name}.name is {change['name']!r}; the key {name} is the phase's name already, and "
+                "no other is expected: leave it out, or give all phases as a list, each with its name"
+            )
     merged = []
     for phase in row.phases:
         whole = to_dict(phase)
@@ -470,11 +476,18 @@ def _check_keys(cls: type, data: Any, where: str) -> None:
         if key not in hints:
             raise ConfigError(f"unknown key {name!r}{nearest(str(key), hints)}")
         inner = _dataclass_in(hints[key])
-        if inner is not None and isinstance(value, Mapping):
+        if inner is None:
+            continue
+        if isinstance(value, Mapping):
             _check_keys(inner, value, name)
+        elif isinstance(value, list | tuple):  # of phases
+            for number, item in enumerate(value):
+                if isinstance(item, Mapping):
+                    _check_keys(inner, item, f"{name}.{_name_of(item) or number}")
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass that a field's annotation holds, through unions."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    """The dataclass that a field's annotation holds, through unions and tuples."""
+    held = isinstance(hint, types.UnionType) or typing.get_origin(hint) is tuple
+    options = typing.get_args(hint) if held else (hint,)
     return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)

@@ -297,3 +297,54 @@ def test_step_sizes_that_no_optimiser_takes_are_refused_as_they_are_read(overrid
 def test_a_weight_of_a_term_is_a_finite_number(weight: str) -> None:
     with pytest.raises(ConfigError, match=r"phases\.joint\.terms: the weight of lse_clean_teacher is"):
         load_recipe("smoke", [f"phases.joint.terms=[[lse_clean_teacher, {weight}]]"])
+
+
+ONE_PHASE = {"name": "x", "epochs": 1, "trains": ["gate"], "terms": [["pseudo_cross_entropy", 1.0]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epcohs": 4}, "unknown key 'phases.x.epcohs'; did you mean 'epochs'"),
+        ({"optimizer": {"learning_rat": 5.0}}, "unknown key 'phases.x.optimizer.learning_rat'; did you mean"),
+        ({"epochs": 2.5}, "phases.x.epochs is 2.5"),
+        ({"optimizer": {"eps": 0.0}}, "phases.x.optimizer.eps is 0.0"),
+        ({"noise": ["gtae"]}, "phases.x.noise is 'gtae'; expected one of: .*; did you mean 'gate'"),
+        ({"noise": ["experts"]}, "phases.x.noise is 'experts'; expected one of: augment, gate, network"),
+        ({"name": "final pass"}, "called 'final pass', and its checkpoint after it; expected .*: rename it"),
+        ({"name": "a/b"}, "called 'a/b'"),
+        ({"name": ""}, "called ''"),
+        ({"name": "x" * 101}, "100 at most"),
+        ({"name": "initialise"}, "2 of its phases are called initialise; expected a name for each"),
+    ],
+)
+def test_phases_of_a_list_are_read_as_closely_as_changes_of_the_methods(
+    changes: dict[str, Any], said: str
+) -> None:
+    start = {"name": "initialise", "epochs": 0, "begin": ["initialise_clusters"]}
+    row = {"method": "damic-pretraining", "clusters": 3}
+    assert [p.name for p in resolve(row | {"phases": [start, ONE_PHASE]}).phases] == ["initialise", "x"]
+    with pytest.raises(ConfigError, match=said):
+        resolve(row | {"phases": [start, ONE_PHASE | changes]})
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("phases=[]", "phases is an empty list; expected phases"),
+        ("phases=false", "phases is False"),
+        ("model=[]", r"model is \[\]; expected keys and values"),
+        ("phases.joint.name=last", "phases.joint.name is 'last'; the key joint is the phase's name already"),
+        ("phases.joint.noise=[gtae]", "did you mean 'gate'"),
+    ],
+)
+def test_changes_of_a_methods_phases_that_say_nothing(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_recipe("smoke", [override])
+
+
+@pytest.mark.parametrize("name", ["damic-text", "vade"])
+def test_the_phases_of_a_finished_run_are_a_recipe(name: str) -> None:
+    """config.json has them as a list, every key written out."""
+    run = resolve(LEAST | {"method": name})
+    assert resolve(json.loads(json.dumps(to_dict(run)))) == run

@@ -85,6 +85,12 @@ class Method:
         """
         where = f"method {self.name}"
         self._check_slots(where)
+        names = [phase.name for phase in self.phases]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(
+                f"{where}: {names.count(twice[0])} of its phases are called {twice[0]}; expected a name for "
+                "each, by which settings and checkpoints are found: rename the others"
+            )
         used: set[str] = set()
         for phase in self.phases:
             for name, _ in phase.terms:
@@ -96,9 +102,9 @@ class Method:
                 known = {*STATISTICS, *STARTS, SPECTRAL_MAP}
                 one_of(f"{where}, phase {phase.name}: begin", name, known)
             self._check_needs(f"{where}, phase {phase.name}", phase)
-        names = AGGREGATOR_TERMS.get(self.aggregator, frozenset())
+        expected = AGGREGATOR_TERMS.get(self.aggregator, frozenset())
         by_em = any("em" in phase.statistics for phase in self.phases)
-        if names and self.phases and not used & names and not by_em:
+        if expected and self.phases and not used & expected and not by_em:
             raise ValueError(f"{where}: no phase has the term of its aggregator {self.aggregator}")
         if by_em and not find_dissimilarity(self.settings.dissimilarity).is_bregman:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -258,6 +259,14 @@ class OptimizerConfig:
         return max(self.learning_rate * self.decay ** (epoch // self.decay_epochs), self.floor)
 
 
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""What a phase and a checkpoint may be called: a checkpoint's folder has its phase's name in it."""
+_LONGEST_NAME = 100
+"""Characters of a phase's name: file systems take 255, and the folder has more in its name."""
+NOISY = ("network", "gate", "augment")
+"""What a phase's noise may name: see MixtureModel.disturbed, MixtureModel.view."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """One part of a schedule: what is trained on which terms, for how many epochs."""
@@ -276,7 +285,7 @@ class Phase:
     """What happens once as it begins: 'initialise_clusters', another start, 'spectral_map', or a statistic
     with when = 'begin'."""
     noise: tuple[str, ...] = ()
-    """Submodules whose dropout is on; 'augment' disturbs images."""
+    """Submodules whose dropout is on, network or gate; 'augment' disturbs images."""
     sweep_epochs: int = 1
     """Epochs between two passes of the statistics with when = 'epoch' (closed-form centroids)."""
     refresh_steps: int = 0
@@ -298,6 +307,11 @@ class Phase:
 
     def __post_init__(self) -> None:
         where = f"phases.{self.name}"
+        if not FILE_NAME.fullmatch(self.name) or len(self.name) > _LONGEST_NAME:
+            raise ValueError(
+                f"a phase is called {self.name!r}, and its checkpoint after it; expected a letter or digit "
+                f"and then letters, digits, '-', '_' and '.' only, {_LONGEST_NAME} at most: rename it"
+            )
         if self.epochs < 0:
             raise ValueError(f"{where}.epochs is {self.epochs}; expected 0 or more")
         if self.epochs and self.trains and not self.terms:
@@ -306,6 +320,8 @@ class Phase:
             raise ValueError(f"phase {self.name} has {self.epochs} epochs and nothing that they change")
         for part in self.trains:
             one_of(f"{where}.trains", part.split(".")[0], ("network", "experts", "energy", "gate"))
+        for part in self.noise:
+            one_of(f"{where}.noise", part, NOISY)
         if self.refresh_steps < 0:
             raise ValueError(f"{where}.refresh_steps is {self.refresh_steps}; expected 0 or more")
         for term, weight in self.terms:

@@ -34,6 +34,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from distclust.errors import CheckpointError
+from distclust.mixture.settings import FILE_NAME
 from distclust.training.differences import differences
 from distclust.training.tensor_bytes import safetensors_pieces
 
@@ -44,7 +45,6 @@ logger = logging.getLogger(__name__)
 COMMIT = "COMMIT"
 _VERSION = 1
 _PIECE = 16 * 2**20
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _GROUP = re.compile(r"[A-Za-z0-9_-]+")
 _DATA_FILE = re.compile(r"(?:state(?:\.\d+)?\.json|[A-Za-z0-9_-]+(?:\.\d+)?\.safetensors)")
 _OUR_FILE = re.compile(rf"(?:COMMIT|{_DATA_FILE.pattern})(?:\.part)?")
@@ -193,7 +193,7 @@ class CheckpointStore:
     # --- writing
 
     def _check_names(self, name: str, groups: Collection[str]) -> None:
-        if not _NAME.fullmatch(name):
+        if not FILE_NAME.fullmatch(name):
             raise CheckpointError(
                 f"checkpoint name {name!r}; expected letters, digits, '-', '_' and '.' only"
             )
