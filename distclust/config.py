@@ -183,11 +183,16 @@ class RunConfig:
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed is {self.seed}; expected 0 to 2^31 - 1")
         if self.method not in ESTIMATORS:
-            method_row(self.method)
+            published = method_row(self.method)
             try:
-                self.row.check_training(self.clusters)  # its other rules are checked as it is made
+                self.row.check_training(self.clusters, published)  # its other rules are checked as it is made
             except ValueError as error:
                 raise ConfigError(str(error)) from None
+            if self.row.starts_from_kmeans and self.initialise.sample < self.clusters:
+                raise ConfigError(
+                    f"initialise.sample is {self.initialise.sample}; k-means finds {self.clusters} in it, so "
+                    f"at least as many are expected: set it higher, better to {50 * self.clusters}"
+                )
         most = self.cluster.worker_range[1]
         if most > self.order.lanes:
             raise ConfigError(

@@ -348,3 +348,58 @@ def test_the_phases_of_a_finished_run_are_a_recipe(name: str) -> None:
     """config.json has them as a list, every key written out."""
     run = resolve(LEAST | {"method": name})
     assert resolve(json.loads(json.dumps(to_dict(run)))) == run
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "said"),
+    [
+        ("damic-text", {}, "phase experts: expert_means reads clusters that k-means has to find first"),
+        (
+            "damic",
+            {},
+            "phase experts: pseudo_energy reads .*damic has phases.initialise.begin=.initialise_cl",
+        ),
+        ("self-training", {}, "phase gate: pseudo_cross_entropy reads"),
+        ("dec", {}, "phase joint: target_teacher reads"),
+        ("dcn", {}, "phase joint: min reads"),
+        ("bregman", {}, "phase em: em reads"),
+        ("ae-cm", {}, "phase module: exp reads"),
+        ("ae-kmeans", {}, "after phase initialise nothing has found them"),
+        ("cm", {"initialise": {"begin": ["pinv_gate"]}}, "phase initialise: pinv_gate reads"),
+        # in the wrong order
+        (
+            "vade",
+            {"initialise": {"begin": ["gaussian_start", "initialise_clusters"]}},
+            "gaussian_start reads",
+        ),
+        ("aljalbout", {"joint": {"epochs": 0}, "recluster": {"begin": []}}, "labels are read from clusters"),
+    ],
+)
+def test_what_k_means_finds_has_to_be_found_before_it_is_read(
+    method: str, changes: dict[str, Any], said: str
+) -> None:
+    row = {"method": method, "clusters": 3}
+    resolve(row)
+    with pytest.raises(ConfigError, match=said):
+        resolve(row | {"phases": {"initialise": {"begin": []}} | changes})
+
+
+def test_a_row_may_start_from_k_means_elsewhere_or_not_at_all() -> None:
+    rows = [name for name, row in METHODS.items() if not row.starts_from_kmeans]
+    assert rows == ["damic-joint", "mixae", "cm-random", "ae-cm-random", "dkm-annealed"]
+    for name in rows:
+        resolve({"method": name, "clusters": 3})
+    moved = {"initialise": {"begin": []}, "joint": {"begin": ["initialise_clusters"]}}
+    resolve({"method": "dmae-text", "clusters": 3, "phases": moved})
+    # nothing reads pseudo-labels that no epoch learns, and experts are not started from k-means
+    unread = {"initialise": {"begin": []}, "experts": {"epochs": 0}, "gate": {"epochs": 0}}
+    resolve({"method": "damic", "clusters": 3, "phases": unread})
+
+
+def test_k_means_needs_a_code_for_each_cluster() -> None:
+    few = {"clusters": 9, "initialise": {"sample": 8}}
+    with pytest.raises(ConfigError, match="initialise.sample is 8; k-means finds 9 in it.*better to 450"):
+        resolve({"method": "damic"} | few)
+    resolve({"method": "damic", "clusters": 9, "initialise": {"sample": 9}})
+    resolve({"method": "cm-random"} | few)
+    resolve({"method": "k-means"} | few)

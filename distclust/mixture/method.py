@@ -10,7 +10,13 @@ from distclust.mixture.settings import ModelSettings, Phase, one_of
 from distclust.mixture.statistics import STATISTICS
 from distclust.mixture.terms import AGGREGATOR_TERMS, TERMS
 
-STARTS = frozenset({"initialise_clusters", "pinv_gate", "e_step_gate", "gaussian_start"})
+KMEANS = "initialise_clusters"
+"""The start of all clusters: k-means on the codes."""
+
+_FROM_KMEANS = ("pinv_gate", "e_step_gate", "gaussian_start")
+"""Starts that take up what k-means has found."""
+
+STARTS = frozenset({KMEANS, *_FROM_KMEANS})
 """Starts of the clusters that a phase may begin with: see training/initialise.py."""
 
 SPECTRAL_MAP = "spectral_map"
@@ -31,6 +37,16 @@ _NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
     "gaussian_start": {"energy": ("gaussian",), "gate": ("prior",)},
 }
 """What a slot has to hold for a term, a statistic or a start; beside these, energies where they read them."""
+
+
+_CENTROID_ENERGIES = ("dissimilarity", "student", "gaussian")
+"""Energies whose parameters stand in the codes, where k-means can start them."""
+
+
+def _reads_kmeans(name: str) -> bool:
+    """Whether a term, a statistic or a start reads the centroids of k-means, or the pseudo-labels by them."""
+    of = TERMS.get(name) or STATISTICS.get(name)
+    return name in _FROM_KMEANS or (of is not None and "pseudo_labels" in of.needs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,11 +133,16 @@ class Method:
         if self.settings.expert_threshold:
             self._check_top_experts(where)
 
-    def check_training(self, n_clusters: int) -> None:
+    def check_training(self, n_clusters: int, published: Method | None = None) -> None:
         """Refuse settings that only a phase would use, where no phase does, and phases that lack what they
         need.
 
         Not part of `check`: a trained model keeps its settings and not its phases.
+
+        Args:
+            n_clusters: K.
+            published: the row before its phases were changed; where its centroids start from k-means, those
+                of this row have to.
 
         Raises:
             ValueError: naming the setting, and what to say in its place.
@@ -139,6 +160,7 @@ class Method:
                 "false; say reconstruction in its place, or set model.unit_codes to true"
             )
         self._check_first_codes(where, n_clusters)
+        self._check_starts(where, published or self)
         measured = any("temperature" in phase.begin for phase in self.phases)
         if self.settings.tau_spread is not None and self.phases and not measured:
             raise ValueError(
@@ -170,6 +192,41 @@ class Method:
                 f"{where}: anneal is alpha, the inverse temperature of a tied gate, and the gate of this row "
                 f"is {self.gate}; set phases.{phase.name}.anneal=none, or use a row with a tied gate (dkm)"
             )
+
+    def _check_starts(self, where: str, published: Method) -> None:
+        """What k-means finds has to be there before it is read: until then pseudo-labels are all one, and
+        centroids are where nobody wanted them."""
+        example = next((p for p in published.phases if KMEANS in p.begin), None)
+        said = f"expected {KMEANS} in what this phase or an earlier one begins with"
+        if example is not None:
+            said += f": {published.name} has phases.{example.name}.begin=[{', '.join(example.begin)}]"
+        centroids = example is not None and self.energy in _CENTROID_ENERGIES
+        started = False
+        for phase in self.phases:
+            during = (*(name for name, _ in phase.terms), *phase.statistics) if phase.epochs else ()
+            for name in (*phase.begin, *during):
+                started = started or name == KMEANS
+                if not started and (_reads_kmeans(name) or (centroids and self._reads_energies(name))):
+                    raise ValueError(
+                        f"{where}, phase {phase.name}: {name} reads clusters that k-means has to find first, "
+                        f"and nothing has; {said}"
+                    )
+        if self.phases and not started and (centroids or self.readout == "kmeans"):
+            raise ValueError(
+                f"{where}: its labels are read from clusters that start from k-means, and after phase "
+                f"{self.phases[-1].name} nothing has found them; {said}"
+            )
+
+    @property
+    def starts_from_kmeans(self) -> bool:
+        """Whether a phase begins with k-means."""
+        return any(KMEANS in phase.begin for phase in self.phases)
+
+    def _reads_energies(self, name: str) -> bool:
+        """Whether a term, a statistic or a start needs the parameters of the energies."""
+        of = TERMS.get(name) or STATISTICS.get(name)
+        reading = {"energies"} | ({"gate"} if self.gate in ("tied", "hard") else set())
+        return (of is not None and bool(of.needs & reading)) or "energy" in _NEEDED.get(name, {})
 
     def _check_first_codes(self, where: str, n_clusters: int) -> None:
         """Spectral codes have to be found before they are learnt, and be learnt when they are found."""
