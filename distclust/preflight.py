@@ -13,9 +13,10 @@ from distclust.corpus.shards import MANIFEST, Corpus, Manifest
 from distclust.corpus.sources import open_source
 from distclust.errors import ConfigError, DataError, TrackingError
 from distclust.mixture.catalogue import ESTIMATORS
+from distclust.mixture.gradients import check_gradients
 from distclust.mixture.own import try_own_parts
 from distclust.results.estimators import check_estimator
-from distclust.training.blueprint import blueprint
+from distclust.training.blueprint import blueprint, miniature
 from distclust.training.checkpoint import differences
 from distclust.training.reach import reach, sqlite_file
 from distclust.training.run_identity import unusable
@@ -117,8 +118,8 @@ def check_fits(config: RunConfig, corpus: Corpus) -> None:
     """Refuse a corpus and a configuration that do not go together, before any worker starts.
 
     Raises:
-        ConfigError: a model that rows of this length or kind cannot have, or scikit-learn's row on what it
-            does not take.
+        ConfigError: a model that rows of this length or kind cannot have, a phase that trains what its terms
+            do not reach, or scikit-learn's row on what it does not take.
         DataError: as `check_distinct`.
     """
     check_distinct(corpus, config.clusters)
@@ -129,6 +130,7 @@ def check_fits(config: RunConfig, corpus: Corpus) -> None:
     model = blueprint(config, corpus.n_features)
     try:
         try_own_parts(model, sparse=corpus.kind == "sparse")
+        check_gradients(miniature(config, model), sparse=corpus.kind == "sparse")
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if model.reads_sigmoid:

@@ -1,4 +1,5 @@
-"""What is checked before a run begins: generated corpora, documents that changed, a GPU that is not there."""
+"""What is checked before a run begins: generated corpora, documents that changed, a GPU that is not there,
+parts that no term trains."""
 
 from __future__ import annotations
 
@@ -16,8 +17,11 @@ from distclust.corpus.shards import Corpus, ShardConfig
 from distclust.corpus.sources import SourceConfig
 from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import ConfigError, DataError
+from distclust.mixture.gradients import check_gradients
+from distclust.mixture.methods import METHODS
 from distclust.preflight import check_fits
 from distclust.run import train_run
+from distclust.training.blueprint import blueprint, miniature
 from stories import records, tiny_recipe, tiny_run, write_jsonl
 
 
@@ -116,3 +120,75 @@ def test_a_sigmoid_cannot_give_what_is_below_nought(tmp_path: Path) -> None:
     corpus = corpus_of(file, tmp_path / "corpus", 0.01)
     with pytest.raises(ConfigError, match=r"from -0\.0.*: set model.output=linear$"):
         check_fits(run_on("vade", output="sigmoid"), corpus)
+
+
+def check_phases(config: Any, n_features: int) -> None:
+    model = miniature(config, blueprint(config, n_features))
+    for sparse in (True, False):
+        check_gradients(model, sparse=sparse)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_row_trains_what_its_terms_reach(method: str) -> None:
+    row = {"method": method, "clusters": 9}
+    check_phases(resolve(row), 2000)
+    conv = {"conv": [[8, 5, 1, 2]], "norm": "batch", "hidden_dropout": 0.2}
+    check_phases(resolve(row | {"model": {"image": [1, 28, 28]} | conv}), 784)
+
+
+_UNWEIGHTED = [["target_teacher", 0.1], ["reconstruction", 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("method", "phase", "part", "said"),
+    [
+        ("damic-text", {"trains": ["network"]}, "network", r"lse_clean_teacher\).* reach \(experts, gate\)"),
+        ("damic-text", {"trains": ["experts", "gate", "network"]}, "network", "set phases.joint.trains, or"),
+        # on the codes experts learn from what the encoder says, and it not from them
+        ("damic-codes", {"trains": ["experts", "network.encoder"]}, "network.encoder", "experts, gate"),
+        ("dec", {"trains": ["energy", "network.decoder"]}, "network.decoder", "network, energy, gate"),
+        ("dcec", {"trains": ["network.decoder"], "terms": [["target_teacher", 1.0]]}, "network.decoder", ""),
+        ("idec", {"trains": ["network.out_bias"], "terms": _UNWEIGHTED}, "network.out", "network, energy"),
+        ("cm", {"trains": ["gate"], "terms": [["exp", 0.0], ["usage_prior", 0.0]]}, "gate", "with a weight"),
+    ],
+)
+@pytest.mark.parametrize("image", [[], [1, 28, 28]])
+def test_a_phase_that_trains_what_its_terms_do_not_reach_is_refused(
+    method: str, phase: dict[str, Any], part: str, said: str, image: list[int]
+) -> None:
+    config = resolve(
+        {"method": method, "clusters": 3, "phases": {"joint": phase}, "model": {"image": image}},
+    )
+    with pytest.raises(
+        ValueError, match=f"phase joint: it trains {part}.*no gradient from its terms .*{said}"
+    ):
+        check_phases(config, 784)
+
+
+def test_a_phase_that_nothing_trains_is_refused_where_the_run_is_begun(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", records(60))
+    config = tiny_run(file, phases={"joint": {"trains": ["network"]}})
+    with pytest.raises(ConfigError, match="phase joint: it trains network, which has no gradient"):
+        train_run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "training").exists(), "no worker has started"
+
+
+def test_looking_for_gradients_costs_the_same_for_any_size() -> None:
+    large = {
+        "hidden": [500, 500, 2000],
+        "code_size": 300,
+        "dissimilarity": "mahalanobis",
+        "landmarks": 10_000,
+    }
+    config = resolve({"method": "dmae-spectral", "clusters": 300, "model": large})
+    model = blueprint(config, 1_000_000)
+    assert sum(p.numel() for p in model.parameters()) > 1e9
+    small = miniature(config, model)
+    assert sum(t.numel() for t in small.state_dict().values()) < 300
+    assert set(dict(small.named_parameters())) == set(dict(model.named_parameters()))
+    check_gradients(small, sparse=True)
+
+
+def test_a_gate_on_codes_has_no_images() -> None:
+    with pytest.raises(ConfigError, match=r"reads the experts' codes, .*set model.gate_conv=\[\]"):
+        run_on("mixae", image=[3, 6, 4], gate_conv=[[4, 3, 1, 1]])

@@ -296,6 +296,11 @@ class Method:
             )
         if self.gate == "expert_codes" and (self.energy != "experts" or self.settings.experts == "constant"):
             raise ValueError(f"{where}: a gate on the experts' codes needs experts that have codes")
+        if self.gate == "expert_codes" and self.settings.image and self.settings.gate_conv:
+            raise ValueError(
+                f"{where}: model.gate_conv is set, and the gate of this row reads the experts' codes, which "
+                "are no images; set model.gate_conv=[], and its widths as model.gate_hidden"
+            )
         if without and (self.aggregator not in ("TARGET", "NONE") or self.gate in ("tied", "hard")):
             raise ValueError(f"{where}: without energies only a gate of its own and TARGET can be trained")
         if without and self.readout in ("energy", "responsibility"):

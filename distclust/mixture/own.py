@@ -68,7 +68,7 @@ def try_own_parts(model: MixtureModel, *, sparse: bool) -> None:
         ValueError: a part that fails, or whose answer is not what the row reads.
     """
     if model.settings.network:
-        _try_network(model, _zeros(model.n_features, sparse))
+        _try_network(model, two_rows(model.n_features, sparse))
     energy = model.energy
     own = is_import_path(model.settings.dissimilarity)
     if own and isinstance(energy, CentroidEnergy) and not isinstance(energy, StudentEnergy):
@@ -127,7 +127,8 @@ def _try_dissimilarity(model: MixtureModel, energy: CentroidEnergy) -> None:
         )
 
 
-def _zeros(n_features: int, sparse: bool) -> Rows:
+def two_rows(n_features: int, sparse: bool) -> Rows:
+    """Two rows of zeros, to call a model with."""
     if not sparse:
         return torch.zeros(2, n_features)
     none = torch.zeros(0, dtype=torch.int32)
