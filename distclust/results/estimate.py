@@ -66,8 +66,9 @@ class Machine:
 
     def __post_init__(self) -> None:
         for name in ("devices", "flops", "bandwidth", "memory", "network", "copy"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a number above 0: correct it")
+            value = getattr(self, name)
+            if not value > 0 or (name != "copy" and math.isinf(value)):  # a host copies nothing to itself
+                raise ConfigError(f"{name} is {value}; expected a finite number above 0: correct it")
 
     @classmethod
     def cpu(cls, devices: int, network: float = 25e9 / 8) -> Machine:
@@ -151,8 +152,11 @@ def estimate(
     width = terms or config.source.n_features or config.vocabulary.max_features
     if width is None:
         raise ConfigError("the recipe keeps all words, so their number is unknown; expected --terms")
-    if documents < 1 or nonzeros <= 0:
-        raise ConfigError(f"{documents} documents of {nonzeros} non-zeros; expected more: correct them")
+    if documents < 1 or not 0 < nonzeros < math.inf:
+        raise ConfigError(
+            f"{documents} documents of {nonzeros} non-zeros; expected 1 or more, and a finite number above "
+            "0: correct them"
+        )
     nonzeros = min(nonzeros, width)
     model = blueprint(config, width)
     in_step = config.order.lanes * config.order.rows_per_lane

@@ -141,8 +141,12 @@ def test_what_cannot_be_estimated(change: dict[str, Any], said: str) -> None:
         estimate(c, 10, Machine())
     with pytest.raises(ConfigError, match="0 documents"):
         estimate(config(), 0, Machine())
-    with pytest.raises(ConfigError, match="flops is 0"):
-        replace(Machine(), flops=0)
+    for value in (0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="flops is .*expected a finite number"):
+            replace(Machine(), flops=value)
+    for nonzeros in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="10 documents of .* non-zeros; .* a finite number above 0"):
+            estimate(config(), 10, Machine(), nonzeros=nonzeros)
 
 
 def test_networks_by_name() -> None:
