@@ -14,6 +14,7 @@ import pytest
 from distclust import config
 from distclust.config import RunConfig, from_dict, load_recipe, recipe_names, resolve, to_dict
 from distclust.errors import ConfigError
+from distclust.mixture.catalogue import ESTIMATORS
 from distclust.mixture.methods import METHODS, Phase
 
 LEAST = {"method": "damic-text", "clusters": 9}
@@ -403,3 +404,23 @@ def test_k_means_needs_a_code_for_each_cluster() -> None:
     resolve({"method": "damic", "clusters": 9, "initialise": {"sample": 9}})
     resolve({"method": "cm-random"} | few)
     resolve({"method": "k-means"} | few)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "refused"),
+    [
+        ("demo", []),
+        ("damic-text", []),
+        ("dmae-text-mahalanobis", []),
+        ("dmae", ["bregman"]),
+        ("dmae-text", ["bregman"]),
+    ],
+)
+def test_recipes_take_the_rows_that_the_docs_say(recipe: str, refused: list[str]) -> None:
+    found = []
+    for name in (*METHODS, *ESTIMATORS):
+        try:
+            load_recipe(recipe, [f"method={name}"])
+        except ConfigError:
+            found.append(name)
+    assert found == refused
