@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Collection
 
@@ -47,6 +48,46 @@ def is_label(kind: pa.DataType) -> bool:
         or types.is_floating(inner)
         or types.is_null(inner)
     )
+
+
+def check_columns(schema: pa.Schema, layout: Layout, path: str, format_: str) -> None:
+    """Refuse a file, or a block of one, that lacks a column of the layout or has it in another type.
+
+    Raises:
+        DataError: which column, and which there are.
+    """
+    for name in layout.columns:
+        count = schema.names.count(name)
+        if count != 1:
+            near = difflib.get_close_matches(name, schema.names, n=1)
+            hint = f"; did you mean {near[0]!r}" if near else ""
+            found = f"no column {name!r}" if count == 0 else f"{count} columns named {name!r}"
+            raise DataError(
+                f"{path} has {found}; expected it among its columns, which are "
+                f"{', '.join(schema.names) or 'none'}{hint}; correct the name, or the file."
+            )
+    types = pa.types
+    numbers = (types.is_integer, types.is_floating)
+    for field, wanted, good in (
+        *((name, "text", is_text) for name in layout.text),
+        (layout.title, "text", is_text),
+        (layout.id, "text or whole numbers", lambda t: is_text(t) or types.is_integer(t)),
+        (layout.label, "text, whole numbers, or lists of them", is_label),
+        (layout.where, "true or false", types.is_boolean),
+        (layout.indices, "lists of whole numbers", lambda t: is_list(t, types.is_integer)),
+        (layout.values, "lists of numbers", lambda t: is_list(t, *numbers)),
+        (layout.dense, "lists of numbers of one length", lambda t: is_list(t, *numbers, fixed=True)),
+    ):
+        if field is None:
+            continue
+        found_type = schema.field(field).type
+        if not (good(found_type) or types.is_null(found_type)):
+            hint = (
+                "CSV has no such columns: write Parquet, JSONL or Arrow"
+                if format_ == "csv"
+                else ("convert the column or name another")
+            )
+            raise DataError(f"{path}: column {field!r} holds {found_type}; expected {wanted}; {hint}.")
 
 
 def canonical(columns: pa.RecordBatch, layout: Layout, where: str) -> pa.Table:

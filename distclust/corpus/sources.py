@@ -12,7 +12,6 @@ fixed_size_list<float32>.
 from __future__ import annotations
 
 import difflib
-import glob
 import hashlib
 import json
 import logging
@@ -27,8 +26,8 @@ import pyarrow.compute as pc
 
 from distclust.corpus import rcv1, readers, synthetic
 from distclust.corpus.arrays import load_npz
-from distclust.corpus.columns import canonical, is_label, is_list, is_text
-from distclust.corpus.files import is_url, unreadable
+from distclust.corpus.columns import canonical, check_columns
+from distclust.corpus.files import find_files, is_url, unreadable
 from distclust.corpus.named import NAMED_SETS, Layout, check_documents, layout_of, locate
 from distclust.corpus.readers import FORMATS, Split
 from distclust.errors import ConfigError, DataError
@@ -171,7 +170,7 @@ class Source:
             if split.first_row < 0:
                 first = f"{split.path}, counting from row {block.first} after byte {split.start}"
             # only some lines of JSONL were looked at before: a column's type may change behind them
-            _check_columns(block.columns.schema, layout, first, split.format)
+            check_columns(block.columns.schema, layout, first, split.format)
             columns = block.columns
             if layout.where is not None:
                 columns = columns.filter(columns.column(layout.where).cast(pa.bool_()).fill_null(False))
@@ -197,7 +196,7 @@ def open_source(config: SourceConfig) -> Source:
             documents.
     """
     if config.name == _FILES:
-        files = _find_files(config.files)
+        files = find_files(config.files)
     else:
         files = locate(config.name, config.seed, config.documents)
     format_ = readers.MADE if readers.is_made(files[0]) else _format_of(files, config.format)
@@ -218,7 +217,7 @@ def open_source(config: SourceConfig) -> Source:
             layout = replace(layout, labels_kept=_kept_labels(config, files))
     widths = {}
     for file, schema in schemas.items():
-        _check_columns(schema, layout, file, format_)
+        check_columns(schema, layout, file, format_)
         if layout.dense and pa.types.is_fixed_size_list(schema.field(layout.dense).type):
             widths[schema.field(layout.dense).type.list_size] = file
     if 0 in widths:
@@ -305,44 +304,6 @@ def _plan(files: list[str], format_: str, limit: int | None) -> tuple[list[Split
     return splits, total
 
 
-def _find_files(patterns: tuple[str, ...]) -> list[str]:
-    found: list[str] = []
-    for pattern in patterns:
-        if is_url(pattern):
-            fs, path = fsspec.core.url_to_fs(pattern)
-            try:
-                matches = (
-                    [fs.unstrip_protocol(match) for match in sorted(fs.glob(path))]
-                    if "*" in path
-                    else ([pattern] if fs.exists(path) else [])
-                )
-            except OSError as error:
-                raise DataError(
-                    f"{pattern} cannot be listed ({error}); check the address and the rights."
-                ) from error
-        else:
-            plain = os.path.expanduser(pattern)
-            matches = [plain] if os.path.exists(plain) else sorted(glob.glob(plain, recursive=True))
-        if not matches:
-            raise DataError(
-                f"{pattern} was not found (seen from {os.getcwd()}); expected a file or a pattern that "
-                "matches files; check source.files."
-            )
-        for match in matches:
-            if os.path.isdir(match):
-                raise DataError(
-                    f"{match} is a folder; expected files; give a pattern such as "
-                    f"{match.rstrip('/')}/*.parquet."
-                )
-        found += matches
-    twice = sorted({file for file in found if found.count(file) > 1}) if len(set(found)) < len(found) else []
-    if twice:
-        raise DataError(
-            f"{twice[0]} is named twice in source.files; expected each file once; drop one of them."
-        )
-    return found
-
-
 def _format_of(files: list[str], asked: str) -> str:
     if asked != "auto":
         return asked
@@ -414,41 +375,6 @@ def _layout_of_files(config: SourceConfig, schema: pa.Schema, path: str, format_
         values_are=config.values_are,
         n_features=config.n_features,
     )
-
-
-def _check_columns(schema: pa.Schema, layout: Layout, path: str, format_: str) -> None:
-    for name in layout.columns:
-        count = schema.names.count(name)
-        if count != 1:
-            near = difflib.get_close_matches(name, schema.names, n=1)
-            hint = f"; did you mean {near[0]!r}" if near else ""
-            found = f"no column {name!r}" if count == 0 else f"{count} columns named {name!r}"
-            raise DataError(
-                f"{path} has {found}; expected it among its columns, which are "
-                f"{', '.join(schema.names) or 'none'}{hint}; correct the name, or the file."
-            )
-    types = pa.types
-    numbers = (types.is_integer, types.is_floating)
-    for field, wanted, good in (
-        *((name, "text", is_text) for name in layout.text),
-        (layout.title, "text", is_text),
-        (layout.id, "text or whole numbers", lambda t: is_text(t) or types.is_integer(t)),
-        (layout.label, "text, whole numbers, or lists of them", is_label),
-        (layout.where, "true or false", types.is_boolean),
-        (layout.indices, "lists of whole numbers", lambda t: is_list(t, types.is_integer)),
-        (layout.values, "lists of numbers", lambda t: is_list(t, *numbers)),
-        (layout.dense, "lists of numbers of one length", lambda t: is_list(t, *numbers, fixed=True)),
-    ):
-        if field is None:
-            continue
-        found_type = schema.field(field).type
-        if not (good(found_type) or types.is_null(found_type)):
-            hint = (
-                "CSV has no such columns: write Parquet, JSONL or Arrow"
-                if format_ == "csv"
-                else ("convert the column or name another")
-            )
-            raise DataError(f"{path}: column {field!r} holds {found_type}; expected {wanted}; {hint}.")
 
 
 def _fingerprint(
