@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import lzma
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 
 from distclust.corpus import synthetic
 from distclust.corpus.arrays import Arrays, load_made, load_npz
-from distclust.corpus.files import open_binary, unreadable
+from distclust.corpus.files import is_packed, open_binary, open_unpacked, unreadable
 from distclust.errors import DataError
 
 BLOCK_ROWS = 2048
@@ -32,7 +33,7 @@ SPLIT_BYTES = 16 << 20
 _PIECES_OF_ROW_GROUP = 4
 _SAMPLE_LINES = 100
 # What libraries raise for a file that breaks off or is damaged; pyarrow's own errors are ValueErrors.
-_BROKEN = (OSError, ValueError, KeyError, EOFError, zlib.error, lzma.LZMAError)
+_BROKEN = (OSError, ValueError, KeyError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 FORMATS = {
     ".parquet": "parquet",
     ".pq": "parquet",
@@ -44,7 +45,7 @@ FORMATS = {
     ".ipc": "arrow",
     ".npz": "npz",
 }
-"""Format by ending; ``.jsonl`` and ``.csv`` may be followed by ``.gz`` and the like."""
+"""Format by ending; ``.jsonl`` and ``.csv`` may be followed by ``.gz`` and whatever else fsspec unpacks."""
 MADE = "made"
 """The format of sets that are computed: their path is an address of `synthetic`."""
 IMAGE = b"image"
@@ -101,7 +102,7 @@ def schema_of(path: str, format_: str, named: Sequence[str] = ()) -> pa.Schema:
             with open_binary(path) as file:
                 return _arrow_reader(file).schema
         if format_ == "csv":
-            with open_binary(path, "infer") as file:
+            with open_unpacked(path) as file:
                 names = pa.csv.open_csv(file, parse_options=_CSV_PARSE).schema.names
                 return pa.schema([(name, pa.string()) for name in names])
         if format_ in _ARRAYS:
@@ -246,9 +247,9 @@ _CSV_PARSE = pa.csv.ParseOptions(newlines_in_values=True)
 
 
 def _csv_batches(path: str, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
-    with open_binary(path, "infer") as file:
+    with open_unpacked(path) as file:
         names = pa.csv.open_csv(file, parse_options=_CSV_PARSE).schema.names
-    with open_binary(path, "infer") as file:
+    with open_unpacked(path) as file:
         yield from pa.csv.open_csv(
             file,
             read_options=pa.csv.ReadOptions(use_threads=False, block_size=SPLIT_BYTES),
@@ -306,7 +307,7 @@ def _json_sample(path: str, named: Sequence[str]) -> list[dict[str, Any]]:
     """The first records, and of those behind them what has a column that none before it had."""
     sample: list[dict[str, Any]] = []
     seen: set[str] = set()
-    with open_binary(path, "infer") as file:
+    with open_unpacked(path) as file:
         for number, (record, at) in enumerate(_json_lines(file, path, 0, -1)):
             if number < _SAMPLE_LINES or not record.keys() <= seen:
                 sample.append(record)
@@ -317,15 +318,17 @@ def _json_sample(path: str, named: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _plan_jsonl(path: str, limit: int | None) -> tuple[list[Split], int | None]:
+    # one piece: its size says nothing of the text's, and each piece would unpack it from the start
+    packed = is_packed(path)
     if limit is not None:
         splits, row, first, at, end = [], 0, 0, 0, 0
-        with open_binary(path, "infer") as file:
+        with open_unpacked(path) as file:
             for row, (_, end) in enumerate(itertools.islice(_json_lines(file, path, 0, -1), limit), 1):
-                if row - first == SPLIT_ROWS:
+                if row - first == SPLIT_ROWS and not packed:
                     splits.append(Split(path, "jsonl", 0, at, end, first))
                     first, at = row, end
         return splits + ([Split(path, "jsonl", 0, at, end, first)] if row > first else []), row
-    if path.endswith((".gz", ".bz2", ".xz", ".zip", ".zst")):
+    if packed:
         return [Split(path, "jsonl", 0, 0, -1, 0)], None
     with open_binary(path) as file:
         size = file.seek(0, 2)
@@ -350,7 +353,7 @@ def _batch_of_records(records: list[dict[str, Any]], columns: list[str] | None, 
 
 
 def _read_jsonl(split: Split, columns: list[str]) -> Iterator[Block]:
-    with open_binary(split.path, "infer") as file:
+    with open_unpacked(split.path) as file:
         records: list[dict[str, Any]] = []
         first = max(split.first_row, 0)
         for record, _ in _json_lines(file, split.path, split.start, split.stop):

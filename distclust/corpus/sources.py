@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from distclust.corpus import rcv1, readers, synthetic
 from distclust.corpus.arrays import load_npz
 from distclust.corpus.columns import canonical, check_columns
-from distclust.corpus.files import find_files, is_url, unreadable
+from distclust.corpus.files import find_files, is_url, unreadable, without_packing
 from distclust.corpus.named import NAMED_SETS, Layout, check_documents, layout_of, locate
 from distclust.corpus.readers import FORMATS, Split
 from distclust.errors import ConfigError, DataError
@@ -309,10 +309,7 @@ def _format_of(files: list[str], asked: str) -> str:
         return asked
     formats = {}
     for file in files:
-        stem = file
-        for packed in (".gz", ".bz2", ".xz", ".zst"):
-            stem = stem.removesuffix(packed)
-        ending = os.path.splitext(stem)[1].lower()
+        ending = os.path.splitext(without_packing(file))[1].lower()
         if ending not in FORMATS:
             raise ConfigError(
                 f"{file} ends in {ending or 'nothing'!r}, which tells no format; expected one of "

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import json
+import lzma
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec.compression
+import fsspec.utils
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from distclust.corpus import readers
 from distclust.corpus.prepare import prepare_local
 from distclust.corpus.shards import Corpus, ShardConfig
 from distclust.corpus.sources import SourceConfig
@@ -125,6 +133,80 @@ def test_a_packed_file_that_is_damaged_in_the_middle(tmp_path: Path) -> None:
     refused(
         files(tmp_path / "a.jsonl.gz"), tmp_path / "c", r"a\.jsonl\.gz cannot be read as jsonl.*block type"
     )
+
+
+def zipped(content: bytes, *others: str) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in ("a.jsonl", *others):
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+PACKED: list[tuple[str, Callable[[bytes], bytes]]] = [
+    ("a.jsonl.gz", gzip.compress),
+    ("A.JSONL.GZ", gzip.compress),
+    ("a.jsonl.Bz2", bz2.compress),
+    ("a.jsonl.xz", lzma.compress),
+    ("a.jsonl.lzma", lambda content: lzma.compress(content, lzma.FORMAT_ALONE)),
+    ("a.jsonl.zip", zipped),
+]
+
+
+@pytest.mark.parametrize(("name", "pack"), PACKED, ids=[name for name, _ in PACKED])
+@pytest.mark.parametrize("limit", [None, 450])
+def test_a_packed_file_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pack: Callable[[bytes], bytes], limit: Any
+) -> None:
+    """However it is packed, and whatever its size says of the text's."""
+    monkeypatch.setattr(readers, "SPLIT_ROWS", 100)
+    content = "".join(json.dumps({"text": f"{text_of(row)} {row}"}) + "\n" for row in range(500))
+    (tmp_path / name).write_bytes(pack(content.encode()))
+    assert prepared(files(tmp_path / name, limit=limit), tmp_path / "c").n_rows == (limit or 500)
+
+
+def test_a_zip_file_of_several_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.zip").write_bytes(zipped(b'{"text": "wheat corn"}\n', "b.jsonl"))
+    refused(
+        files(tmp_path / "a.jsonl.zip"), tmp_path / "c", r"a\.jsonl\.zip holds 2 files \(a\.jsonl, b\.jsonl\)"
+    )
+    (tmp_path / "b.jsonl.zip").write_bytes(b"no zip file at all")
+    refused(files(tmp_path / "b.jsonl.zip"), tmp_path / "c", r"b\.jsonl\.zip cannot be read as jsonl")
+
+
+@pytest.mark.parametrize("ending", ["jsonl.zst", "csv.ZST"])
+@pytest.mark.parametrize("format_", ["auto", "named"])
+def test_a_packed_file_that_nothing_here_unpacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, format_: str
+) -> None:
+    monkeypatch.delitem(fsspec.utils.compressions, "zst", raising=False)
+    (tmp_path / f"a.{ending}").write_bytes(pa.Codec("zstd").compress(b'{"text": "wheat"}\n').to_pybytes())
+    kind = "auto" if format_ == "auto" else ending[: ending.index(".")]
+    refused(files(tmp_path / f"a.{ending}", format=kind), tmp_path / "c", r"a\..*pip install zstandard")
+
+
+def test_an_unpacker_that_knows_no_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As zstandard's is."""
+
+    class Raw(io.RawIOBase):
+        def __init__(self, file: Any, mode: str = "rb") -> None:
+            self.content = io.BytesIO(file.read())
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            return self.content.readinto(buffer)
+
+        def readline(self, size: int | None = -1) -> bytes:
+            raise io.UnsupportedOperation
+
+        __next__ = readline
+
+    monkeypatch.setitem(fsspec.utils.compressions, "zst", "test")
+    monkeypatch.setitem(fsspec.compression.compr, "test", Raw)
+    (tmp_path / "a.jsonl.zst").write_bytes(b'{"text": "wheat corn bank rate"}\n' * 500)
+    assert prepared(files(tmp_path / "a.jsonl.zst"), tmp_path / "c").n_rows == 500
 
 
 def test_counts_of_a_column_far_out(tmp_path: Path) -> None:
