@@ -101,9 +101,9 @@ def canonical(columns: pa.RecordBatch, layout: Layout, where: str) -> pa.Table:
     Raises:
         DataError: a row cannot be used.
     """
-    rows = columns.num_rows
+    rows, name = columns.num_rows, layout.id
     out: dict[str, pa.Array] = {
-        "id": pa.repeat("", rows) if layout.id is None else _ids(columns.column(layout.id), layout.id, where),
+        "id": pa.repeat("", rows) if name is None else ids_of(columns.column(name), name, where),
         "labels": _labels(
             None if layout.label is None else columns.column(layout.label), rows, layout.labels_among
         ),
@@ -145,14 +145,25 @@ def _check_range(column: pa.Array, layout: Layout, where: str) -> None:
         )
 
 
-def _ids(column: pa.Array, name: str, where: str) -> pa.Array:
+def ids_of(column: pa.Array, name: str, where: str) -> pa.Array:
+    """(n,) ids as text.
+
+    Args:
+        column: text or whole numbers.
+        name: of the column, for messages, as is
+        where: the file and first row.
+
+    Raises:
+        DataError: a document has none.
+    """
+    column = column.cast(pa.string())  # before the nulls are counted: a dictionary may hold one
     if column.null_count:
         row = pc.index(column.is_null(), True).as_py()
         raise DataError(
             f"{where}: row {row} has no id (null in {name!r}); expected one for each document; fill it in, "
             "or name no id column."
         )
-    return column.cast(pa.string())
+    return column
 
 
 def _labels(column: pa.Array | None, rows: int, among: tuple[str, ...] | None) -> pa.Array:

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from distclust.corpus import rcv1, readers, synthetic
 from distclust.corpus.arrays import load_npz
-from distclust.corpus.columns import canonical, check_columns
+from distclust.corpus.columns import canonical, check_columns, ids_of
 from distclust.corpus.files import find_files, is_url, unreadable, without_packing
 from distclust.corpus.named import NAMED_SETS, Layout, check_documents, layout_of, locate
 from distclust.corpus.readers import FORMATS, Split
@@ -165,17 +165,7 @@ class Source:
             DataError: rows that cannot be used; the message names the file and the row.
         """
         layout = self.layout
-        for block in readers.read(split, layout.columns):
-            first = f"{split.path}, counting from row {block.first}"
-            if split.first_row < 0:
-                first = f"{split.path}, counting from row {block.first} after byte {split.start}"
-            # only some lines of JSONL were looked at before: a column's type may change behind them
-            check_columns(block.columns.schema, layout, first, split.format)
-            columns = block.columns
-            if layout.where is not None:
-                columns = columns.filter(columns.column(layout.where).cast(pa.bool_()).fill_null(False))
-            if not columns.num_rows:
-                continue
+        for columns, first in self._taken(split, layout):
             try:
                 table = _of_kept_labels(canonical(columns, layout, first), layout.labels_kept)
             except pa.ArrowException as error:  # such as text that is not UTF-8
@@ -184,6 +174,39 @@ class Source:
                 layout = replace(layout, n_features=table.schema.field("values").type.list_size)
             if table.num_rows:
                 yield table
+
+    def read_ids(self, split: Split) -> Iterator[list[str]]:
+        """The ids of one piece's documents in order, a block at a time; empty texts where they are numbered.
+
+        Raises:
+            DataError: as `read_split`, for the columns that are needed.
+        """
+        layout = Layout(kind=self.kind, id=self.layout.id, where=self.layout.where)
+        for columns, first in self._taken(split, layout):
+            if layout.id is None:
+                yield [""] * columns.num_rows
+                continue
+            try:
+                yield ids_of(columns.column(layout.id), layout.id, first).to_pylist()
+            except pa.ArrowException as error:
+                raise unreadable(first, split.format, error) from error
+
+    def _taken(self, split: Split, layout: Layout) -> Iterator[tuple[pa.RecordBatch, str]]:
+        """What ``where`` leaves of each block, in the layout's columns, and what to call the block.
+
+        If the layout has no column, there is one all the same, to count the rows.
+        """
+        for block in readers.read(split, layout.columns or self.layout.columns[:1]):
+            first = f"{split.path}, counting from row {block.first}"
+            if split.first_row < 0:
+                first = f"{split.path}, counting from row {block.first} after byte {split.start}"
+            # only some lines of JSONL were looked at before: a column's type may change behind them
+            check_columns(block.columns.schema, layout, first, split.format)
+            columns = block.columns
+            if layout.where is not None:  # cast: a block of JSONL may have nothing but nulls
+                columns = columns.filter(columns.column(layout.where).cast(pa.bool_()).fill_null(False))
+            if columns.num_rows:
+                yield columns, first
 
 
 def open_source(config: SourceConfig) -> Source:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from distclust import errors
-from distclust.corpus import passes, readers
+from distclust.corpus import passes
 from distclust.corpus.files import is_url
 from distclust.corpus.prepare import start_ray
 from distclust.corpus.shards import Corpus
@@ -442,7 +442,7 @@ def _look_through(source: Source) -> tuple[int, ...]:
     rows, marks = [], []
     for split in source.splits:
         rows.append(0)
-        for ids in _ids_of(source, split):
+        for ids in source.read_ids(split):
             rows[-1] += len(ids)
             marks.append(np.frombuffer(b"".join(map(passes.hash_id, ids)), np.uint64))
     if sum(rows) == 0:
@@ -459,7 +459,7 @@ def _refuse_repeats(source: Source, marks: NDArray[np.uint64]) -> None:
     suspects = {mark.tobytes() for mark in np.unique(marks[1:][marks[1:] == marks[:-1]])}
     seen: dict[str, str] = {}
     for split in source.splits if suspects else ():
-        for ids in _ids_of(source, split):
+        for ids in source.read_ids(split):
             for name in ids:
                 if passes.hash_id(name) in suspects and name in seen:
                     where = " and ".join(dict.fromkeys((seen[name], split.path)))
@@ -469,23 +469,3 @@ def _refuse_repeats(source: Source, marks: NDArray[np.uint64]) -> None:
                     )
                 if passes.hash_id(name) in suspects:
                     seen[name] = split.path
-
-
-def _ids_of(source: Source, split: readers.Split) -> Iterator[list[str]]:
-    """The ids of a piece's documents, a block at a time; empty texts where they go by their number."""
-    layout = source.layout
-    wanted = [name for name in (layout.id, layout.where) if name is not None] or layout.columns[:1]
-    for block in readers.read(split, wanted):
-        columns = block.columns
-        if layout.where is not None:
-            columns = columns.filter(columns.column(layout.where).fill_null(False))
-        if layout.id is None:
-            yield [""] * columns.num_rows
-            continue
-        ids = columns.column(layout.id)
-        if ids.null_count:
-            raise DataError(
-                f"{split.path} has a document without an id (null in {layout.id!r}); expected one for each; "
-                "fill it in, or name no id column."
-            )
-        yield ids.cast(pa.string()).to_pylist()

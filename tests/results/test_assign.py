@@ -2,72 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from scipy import sparse
 
+from assigning import K, files_of, random_model, table_of
 from distclust.corpus import readers
 from distclust.corpus.prepare import prepare_local
 from distclust.corpus.shards import Corpus, ShardConfig
 from distclust.corpus.sources import SourceConfig
 from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import CheckpointError, DataError
-from distclust.mixture.methods import METHODS
-from distclust.mixture.model import MixtureModel
 from distclust.results.assign import AssignConfig, assign_corpus, assign_documents
 from distclust.results.assignment import MANIFEST, Assignment, partial_of
-from distclust.results.predict import export_model
 from stories import records, snapshot, write_jsonl
 
-K = 5
 ALL = AssignConfig(all_probabilities=True)
-
-
-def random_model(corpus: Corpus, folder: Path, seed: int = 0) -> Path:
-    """A model that tells rows apart, without training."""
-    torch.manual_seed(seed)
-    row = METHODS["damic-text"]
-    settings = dataclasses.replace(row.settings, hidden=(16,), code_size=4, gate_hidden=(16,))
-    model = MixtureModel(row, settings, corpus.n_features, K)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    manifest = corpus.manifest
-    vocabulary = Path(corpus.root) / "vocabulary.json" if manifest.vocabulary_fingerprint else None
-    return export_model(folder, model, vocabulary, {"kind": manifest.kind, "row_scale": manifest.row_scale})
-
-
-def files_of(file: Path, **more) -> SourceConfig:
-    return SourceConfig(name="files", files=(str(file),), **more)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """(file of 70 stories, corpus folder in shards of 8, model folder)"""
-    folder = tmp_path_factory.mktemp("texts")
-    rows = records(70)
-    rows[3]["text"], rows[4]["text"], rows[5]["text"] = None, "", "nothing known here"
-    rows[3]["title"] = rows[4]["title"] = rows[5]["title"] = "x"
-    file = write_jsonl(folder / "stories.jsonl", rows)
-    prepare_local(
-        files_of(file), VocabularyConfig(max_features=30), ShardConfig(rows_per_shard=8), folder / "corpus"
-    )
-    return file, folder / "corpus", random_model(Corpus.open(folder / "corpus"), folder / "model")
-
-
-def table_of(assignment: Assignment) -> pa.Table:
-    return pa.concat_tables(assignment.tables()).replace_schema_metadata(None).combine_chunks()
 
 
 # ---- what it gives
@@ -327,7 +285,10 @@ def test_repeated_ids_are_refused_before_any_work(texts, tmp_path, across):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"id": "a", "text": "x"}, {"id": None, "text": "y"}], "without an id"),
+        (
+            [{"id": "a", "text": "x"}, {"id": None, "text": "y"}],
+            "row 1 has no id",
+        ),
         ([{"id": "a", "text": "x", "good": False}], "no rows that are taken"),
         ([{"id": "a", "body": "x"}], "columns"),
     ],
