@@ -64,7 +64,8 @@ def check_columns(schema: pa.Schema, layout: Layout, path: str, format_: str) ->
             found = f"no column {name!r}" if count == 0 else f"{count} columns named {name!r}"
             raise DataError(
                 f"{path} has {found}; expected it among its columns, which are "
-                f"{', '.join(schema.names) or 'none'}{hint}; correct the name, or the file."
+                f"{', '.join(schema.names) or 'none'}{hint}; correct the name, or the file: a column that "
+                "one file has, all must have."
             )
     types = pa.types
     numbers = (types.is_integer, types.is_floating)

@@ -230,9 +230,8 @@ def open_source(config: SourceConfig) -> Source:
     schemas = {file: schema for file, schema in schemas.items() if schema.names or format_ != "jsonl"}
     if not schemas:
         raise _no_documents(files)
-    first = next(iter(schemas))
     if config.name == _FILES:
-        layout = _layout_of_files(config, schemas[first], first, format_)
+        layout = _layout_of_files(config, schemas, format_)
     else:
         layout = layout_of(config.name, config.label, config.values_are)
         layout = layout if config.where is None else replace(layout, where=config.where)
@@ -348,12 +347,15 @@ def _format_of(files: list[str], asked: str) -> str:
     return next(iter(formats))
 
 
-def _layout_of_files(config: SourceConfig, schema: pa.Schema, path: str, format_: str) -> Layout:
+def _layout_of_files(config: SourceConfig, schemas: dict[str, pa.Schema], format_: str) -> Layout:
+    path, schema = next(iter(schemas.items()))
     names = schema.names
+    # a column that any file has: of one that the first has not, the others would lose theirs unsaid
+    anywhere = {name for other in schemas.values() for name in other.names}
 
     def named(field: str, *defaults: str) -> str | None:
         given: str | None = getattr(config, field)
-        return given or next((name for name in defaults if name in names), None)
+        return given or next((name for name in defaults if name in anywhere), None)
 
     text: tuple[str, ...] = ()
     indices = values = None

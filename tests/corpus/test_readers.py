@@ -114,6 +114,18 @@ def test_a_column_that_was_asked_for_is_looked_for_to_the_end(tmp_path: Path) ->
 # ---- labels, text, files
 
 
+@pytest.mark.parametrize("column", ["label", "id", "title"])
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_column_that_only_some_files_have(tmp_path: Path, column: str, first: str) -> None:
+    """Whichever file comes first."""
+    texts = list(map(text_of, range(2)))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": texts, column: ["x", "y"]}), tmp_path / "b.parquet")
+    paths = [str(tmp_path / f"{name}.parquet") for name in sorted("ab", reverse=first == "b")]
+    source = SourceConfig(name="files", files=tuple(paths))
+    refused(source, tmp_path / "c", rf"a\.parquet has no column '{column}'; .*one file has, all must have")
+
+
 def test_an_infinite_label_is_a_label(tmp_path: Path) -> None:
     table = pa.table({"text": list(map(text_of, range(4))), "label": [1.0, float("inf"), float("nan"), 2.5]})
     pq.write_table(table, tmp_path / "a.parquet")
