@@ -200,8 +200,9 @@ def assign(
     """Write the cluster of every document: those of a corpus, or new ones from text.
 
     New documents go through the vocabulary of the model, unchanged. The result has the columns id, cluster
-    and probability. It does not depend on --workers. If it is interrupted, the same command goes on where it
-    was.
+    and probability. Documents without an id column are numbered from 0 through all files; with --source
+    where=COLUMN, only those that are taken. The result does not depend on --workers. If it is interrupted,
+    the same command goes on where it was.
 
     Examples: distclust assign runs/demo news/*.jsonl --source text=body --out assigned
 

@@ -58,6 +58,11 @@ class Layout:
         )
         return list(dict.fromkeys(name for name in named if name is not None))
 
+    @property
+    def unlabelled(self) -> Layout:
+        """Without titles, and without labels unless they tell which documents are taken."""
+        return replace(self, title=None, label=self.label if self.labels_kept else None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedSet:

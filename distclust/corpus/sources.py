@@ -66,8 +66,8 @@ class SourceConfig:
     dense: str | None = None
     """Column with lists of numbers, all of one length."""
     id: str | None = None
-    """Column that tells documents apart, text or whole numbers. Default: ``id`` if there is one, else row
-    numbers."""
+    """Column that tells documents apart, text or whole numbers. Default: ``id`` if there is one, else their
+    numbers from 0, through all files; with ``where``, among the documents that it leaves."""
     label: str | None = None
     """Column with the label, or a list of labels; used to score, never to train. Default: ``label`` if there
     is one. Of the named sets ``arxiv`` has ``group`` or ``primary``. ``rcv1`` and ``rcv1-part`` have
@@ -155,7 +155,7 @@ class Source:
 
     @property
     def numbered(self) -> bool:
-        """Whether documents have no id of their own and go by their row number."""
+        """Whether documents have no id of their own and go by their number among those that are taken."""
         return self.layout.id is None
 
     def read_split(self, split: Split) -> Iterator[pa.Table]:
@@ -209,22 +209,27 @@ class Source:
                 yield columns, first
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, *, labels: bool = True) -> Source:
     """Find the files, check columns and types, cut them into pieces.
+
+    Args:
+        config: which documents.
+        labels: whether labels and titles are read. Without them their columns may be missing, or hold what
+            is refused otherwise; the fingerprint stays the same.
 
     Raises:
         ConfigError: the options contradict each other.
         DataError: a file or column is missing, a column has the wrong type, a file cannot be read, or there
-        are no
-            documents.
+            are no documents.
     """
     if config.name == _FILES:
         files = find_files(config.files)
     else:
         files = locate(config.name, config.seed, config.documents)
     format_ = readers.MADE if readers.is_made(files[0]) else _format_of(files, config.format)
-    named = [*(config.text or "").split("+"), *(getattr(config, name) for name in (*_COLUMNS[1:], "label"))]
-    named = [name.strip() for name in (*named, config.where) if name]
+    fields = ("indices", "values", "dense", "id", "where", *(("title", "label") if labels else ()))
+    named = [*(config.text or "").split("+"), *(getattr(config, field) for field in fields)]
+    named = [name.strip() for name in named if name]
     schemas = {file: readers.schema_of(file, format_, named) for file in files}
     # a JSONL file without lines has no columns to look at
     schemas = {file: schema for file, schema in schemas.items() if schema.names or format_ != "jsonl"}
@@ -237,9 +242,15 @@ def open_source(config: SourceConfig) -> Source:
         layout = layout if config.where is None else replace(layout, where=config.where)
         if config.label in rcv1.PUBLISHED:
             layout = replace(layout, labels_kept=_kept_labels(config, files))
+    if layout.where is not None and layout.id is None:
+        logger.warning(
+            "Documents have no id: they are numbered from 0 among those where %r is true, not by their row; "
+            "name a column with source.id to tell which is which",
+            layout.where,
+        )
     widths = {}
     for file, schema in schemas.items():
-        check_columns(schema, layout, file, format_)
+        check_columns(schema, layout if labels else layout.unlabelled, file, format_)
         if layout.dense and pa.types.is_fixed_size_list(schema.field(layout.dense).type):
             widths[schema.field(layout.dense).type.list_size] = file
     if 0 in widths:
@@ -266,6 +277,7 @@ def open_source(config: SourceConfig) -> Source:
     if not splits or total == 0:
         raise _no_documents(files)
     fingerprint = _fingerprint(files, layout, config.limit, image)
+    layout = layout if labels else layout.unlabelled  # after the fingerprint, which is of the documents
     return Source(config, layout, tuple(splits), total, fingerprint, image)
 
 

@@ -135,7 +135,7 @@ def assign_documents(
     Raises:
         DataError: files, columns or rows that cannot be used; repeated ids; no documents.
     """
-    opened = open_source(source)
+    opened = open_source(source, labels=False)  # no label or title decides about a cluster
     predictor = Predictor.load(model)
     _check_source(predictor, opened)
 

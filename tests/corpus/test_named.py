@@ -167,6 +167,10 @@ def test_rcv1_20_is_dcns_recipe(
         csr_of(found["indices"], found["values"], 60).toarray(), counts[rows].toarray()
     )
     assert open_source(config).layout.labels_kept == tuple(kept)
+    unlabelled = open_source(config, labels=False)  # the labels still tell which documents there are
+    assert sum(len(table) for split in unlabelled.splits for table in unlabelled.read_split(split)) == len(
+        rows
+    )
     assert f"keeps {len(rows)} of the documents of RCV1; the published number is 365,968" in caplog.text
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from assigning import files_of
+from assigning import files_of, table_of
 from distclust.corpus.prepare import prepare_local
-from distclust.corpus.shards import ShardConfig
+from distclust.corpus.shards import Corpus, ShardConfig
+from distclust.corpus.sources import open_source
 from distclust.errors import DataError
 from distclust.results.assign import assign_documents
-from stories import write_jsonl
+from stories import records, write_jsonl
 
 
 def test_where_may_be_missing_for_a_whole_block(texts, tmp_path):
@@ -49,3 +53,49 @@ def test_a_dictionary_of_ids_that_holds_a_null(texts, tmp_path):
     ):
         with pytest.raises(DataError, match=r"a\.arrow, counting from row 0: row 1 has no id"):
             refusing()
+
+
+# ---- labels and titles, which decide nothing
+
+
+@pytest.mark.parametrize("name", ["label", "title", "topic"])
+@pytest.mark.parametrize("kind", ["no label", "structs", "missing"])
+def test_columns_that_no_cluster_depends_on(texts, tmp_path, name, kind):
+    rows = records(20)
+    plain = pa.table({"id": [row["id"] for row in rows], "text": [row["text"] for row in rows]})
+    odd = {"no label": [-1, *range(19)], "structs": [{"a": 1}] * 20}
+    table = plain if kind == "missing" else plain.append_column(name, pa.array(odd[kind]))
+    pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(plain, tmp_path / "b.parquet")
+    options = {"title": name} if name == "title" else {"label": name}
+    source = files_of(tmp_path / "a.parquet", **options)
+    found = assign_documents(texts[2], source, tmp_path / "out")
+    assert table_of(found) == table_of(
+        assign_documents(texts[2], files_of(tmp_path / "b.parquet"), tmp_path / "b")
+    )
+    with pytest.raises(DataError, match="label|title|topic"):
+        prepare_local(source, None, ShardConfig(), tmp_path / "c")
+
+
+def test_unread_labels_leave_the_fingerprint(tmp_path):
+    """So that assignments of the same files stay those that they were."""
+    source = files_of(write_jsonl(tmp_path / "a.jsonl", records(5)))
+    assert open_source(source, labels=False).fingerprint == open_source(source).fingerprint
+    assert open_source(source, labels=False).layout.columns == ["text", "id"]
+
+
+# ---- numbers in place of ids
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_numbers_among_chosen_documents_are_warned_of(tmp_path, caplog, named):
+    rows = [row | {"keep": i % 2 == 1} for i, row in enumerate(records(6))]
+    if not named:
+        rows = [{name: value for name, value in row.items() if name != "id"} for row in rows]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    with caplog.at_level(logging.WARNING):
+        prepare_local(files_of(file, where="keep"), None, ShardConfig(), tmp_path / "c")
+    assert Corpus.open(tmp_path / "c").shard(0).ids() == (["s1", "s3", "s5"] if named else ["0", "1", "2"])
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (0 if named else 1)
+    assert named or "numbered from 0 among those where 'keep' is true" in told[0]
