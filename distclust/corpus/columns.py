@@ -253,11 +253,12 @@ def _without_zeros(table: pa.Table, values_are: str, where: str) -> pa.Table:
     column, indices = table["values"].combine_chunks(), table["indices"].combine_chunks()
     values = column.flatten().to_numpy()
     row_of = pc.list_parent_indices(column).to_numpy()
-    if values_are == "counts" and (values < 0).any():
-        at = int(np.flatnonzero(values < 0)[0])
+    # a count between 0 and 1 has a negative logarithm, and sums of fractions depend on where the blocks end
+    if values_are == "counts" and (bad := (values < 0) | (values != np.rint(values))).any():
+        at = int(np.flatnonzero(bad)[0])
         raise DataError(
-            f"{where}: row {row_of[at]} has the count {values[at]:g}; expected 0 or more; correct the row, "
-            "or set source.values_are=weights."
+            f"{where}: row {row_of[at]} has the count {values[at]:g}; expected a whole number, 0 or more; "
+            "correct the row, or set source.values_are=weights."
         )
     kept = values != 0
     if kept.all():
