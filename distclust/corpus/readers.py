@@ -343,13 +343,26 @@ def _batch_of_records(records: list[dict[str, Any]], columns: list[str] | None, 
     for name in names:
         values = [record.get(name) for record in records]
         try:
-            arrays.append(pa.array(values))
+            try:
+                arrays.append(pa.array(values))
+            except UnicodeEncodeError:
+                arrays.append(pa.array([_encodable(value) for value in values]))
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise DataError(
                 f"{path}: column {name!r} does not hold one type ({str(error).splitlines()[0]}); expected "
                 "the same type in each line; make them all text, or all numbers, or all lists."
             ) from error
     return pa.RecordBatch.from_arrays(arrays, names=names)
+
+
+def _encodable(value: Any) -> Any:
+    """What JSON may hold and UTF-8 may not, half of a sign beyond 16 bits, becomes "?", as in texts that are
+    served: it separates words as any other sign does."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_encodable(name): _encodable(item) for name, item in value.items()}
+    return [_encodable(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_jsonl(split: Split, columns: list[str]) -> Iterator[Block]:

@@ -24,6 +24,7 @@ from distclust.corpus import readers
 from distclust.corpus.prepare import prepare_local
 from distclust.corpus.shards import Corpus, ShardConfig
 from distclust.corpus.sources import SourceConfig
+from distclust.corpus.vocabulary import Vocabulary
 from distclust.errors import DataError
 
 ROWS = 2200  # more than a block, of which only the first lines were looked at
@@ -136,6 +137,32 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     bad = pa.array([b"wheat corn", b"bank \xff rate"]).view(pa.string())
     pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
     refused(files(tmp_path / "a.parquet"), tmp_path / "c", r"a\.parquet, counting from row 0 .*UTF")
+
+
+def test_half_of_a_sign_in_json(tmp_path: Path) -> None:
+    """A text that was cut inside a pair, in the lines that are looked at first and behind them."""
+    half = "corn \ud83d"
+
+    def at(row: int, text: str) -> str:
+        return f"{text} {half}" if row in (1, 2100) else text
+
+    file = lines(
+        tmp_path / "a.jsonl",
+        text=lambda row: at(row, text_of(row)),
+        title=lambda row: at(row, "A title"),
+        id=lambda row: at(row, str(row)),
+        label=lambda row: [at(row, "x")],
+        more=lambda row: {half: half},
+    )
+    assert file.read_text().count("ud83d") > 8
+    corpus = prepared(files(file), tmp_path / "c")
+    shard, vocabulary = corpus.shard(0), Vocabulary.load(tmp_path / "c")
+    assert (shard.n_rows, shard.ids()[2100], shard.titles()[2100]) == (ROWS, "2100 corn ?", "A title corn ?")
+    assert shard.labels()[1] == ["x corn ?"]
+    assert shard.offsets is not None
+    assert shard.values is not None
+    served = vocabulary.transform([at(1, text_of(1))])
+    assert shard.values[shard.offsets[1] : shard.offsets[2]].tolist() == served.data.tolist()
 
 
 def test_a_packed_file_that_is_damaged_in_the_middle(tmp_path: Path) -> None:
