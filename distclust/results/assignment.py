@@ -111,6 +111,8 @@ def _again(root: Path) -> str:
 
 def partial_of(out: Path) -> Path:
     """Where the parts are until all are there."""
+    if out.name in ("", ".."):  # "." and its like: the folder has a name all the same
+        return Path(f"{os.path.abspath(out)}.partial")
     return out.with_name(f"{out.name}.partial")
 
 
@@ -134,6 +136,7 @@ def find_finished(out: Path, plan: dict[str, Any], replace: bool = False) -> Ass
         return None
     if not (out / MANIFEST).exists():
         if out.is_dir() and not any(out.iterdir()):
+            _refuse_own_folder(out)
             return None
         raise DataError(
             f"{out} exists and holds no assignments; expected a new folder: give another with --out."
@@ -144,6 +147,7 @@ def find_finished(out: Path, plan: dict[str, Any], replace: bool = False) -> Ass
         names = {"model": "another model", "data": "other documents", "all_probabilities": "other columns"}
         what = ", ".join(names.get(key, f"another {key}") for key in unlike)
         if replace:
+            _refuse_own_folder(out)
             logger.info("%s holds assignments of %s; starting anew", out, what)
             shutil.rmtree(out)
             return None
@@ -152,6 +156,15 @@ def find_finished(out: Path, plan: dict[str, Any], replace: bool = False) -> Ass
             "or remove this one."
         )
     return found
+
+
+def _refuse_own_folder(out: Path) -> None:
+    """The folder that takes this one's place would be another than the one that the shell is in."""
+    if os.path.samefile(out, os.curdir):
+        raise DataError(
+            f"{out} is the folder that the command was given in; expected one that can be replaced: give a "
+            "new name with --out."
+        )
 
 
 def take_up(partial: Path, plan: dict[str, Any]) -> list[dict[str, Any]]:

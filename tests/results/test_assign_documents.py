@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,8 @@ from distclust.corpus.prepare import prepare_local
 from distclust.corpus.shards import Corpus, ShardConfig
 from distclust.corpus.sources import open_source
 from distclust.errors import DataError
-from distclust.results.assign import assign_documents
+from distclust.results.assign import AssignConfig, assign_corpus, assign_documents
+from distclust.results.assignment import Assignment
 from stories import records, write_jsonl
 
 
@@ -99,3 +101,28 @@ def test_numbers_among_chosen_documents_are_warned_of(tmp_path, caplog, named):
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == (0 if named else 1)
     assert named or "numbered from 0 among those where 'keep' is true" in told[0]
+
+
+# ---- the folder of the assignments
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_current_folder_is_no_place_for_assignments(texts, tmp_path, monkeypatch, absolute):
+    """Its place is taken by the finished one: the shell would stand in a folder that is gone."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    out = tmp_path / "here" if absolute else Path(".")
+    with pytest.raises(DataError, match="the folder that the command was given in; expected .* with --out"):
+        assign_corpus(texts[2], texts[1], out)
+    with pytest.raises(DataError, match="holds no assignments"):
+        Assignment.open(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_finished_assignments_are_opened_from_inside(texts, tmp_path, monkeypatch):
+    assign_corpus(texts[2], texts[1], tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    assert assign_corpus(texts[2], texts[1], ".").n_documents == 70
+    with pytest.raises(DataError, match="the folder that the command was given in"):
+        assign_corpus(texts[2], texts[1], ".", AssignConfig(all_probabilities=True, replace=True))
+    assert Assignment.open(".").n_documents == 70
