@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 
 from distclust import errors
 from distclust.corpus import passes
@@ -41,12 +40,12 @@ from distclust.results.assignment import (
     take_up,
     write_part,
 )
+from distclust.results.blocks import of_new_documents, of_shard
 from distclust.results.predict import Prediction, Predictor
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-_ROWS = 16_384
 
 Progress = Callable[[int, int], None]
 """Called with the parts that are done and how many there are."""
@@ -351,12 +350,12 @@ class PartAssigner:
         """Ids (n,), what the model says of them and how many rows are all zeros, a block at a time."""
         assert self._predictor is not None
         if self.job.source is not None:
-            yield from _of_new_documents(self._predictor, self.job.source, part, self.job.first_rows[part])
+            yield from of_new_documents(self._predictor, self.job.source, part, self.job.first_rows[part])
             return
         if self._corpus is None:
             assert self.job.corpus is not None
             self._corpus = Corpus.open(self.job.corpus)
-        yield from _of_shard(self._predictor, self._corpus, part)
+        yield from of_shard(self._predictor, self._corpus, part)
 
 
 def _table(ids: pa.Array, found: Prediction, all_probabilities: bool) -> pa.Table:
@@ -371,63 +370,6 @@ def _table(ids: pa.Array, found: Prediction, all_probabilities: bool) -> pa.Tabl
             pa.array(found.probabilities.reshape(-1)), k
         )
     return pa.table(columns)
-
-
-def _of_shard(
-    predictor: Predictor, corpus: Corpus, number: int
-) -> Iterator[tuple[pa.Array, Prediction, int]]:
-    shard = corpus.shard(number)
-    ids = pa.array(shard.ids(), pa.string())
-    for at in range(0, shard.n_rows, _ROWS):
-        stop = min(at + _ROWS, shard.n_rows)
-        if shard.dense is not None:
-            rows = shard.dense[at:stop]
-            yield ids[at:stop], predictor.predict_dense(rows), _all_zero(rows)
-            continue
-        assert shard.offsets is not None
-        assert shard.indices is not None
-        assert shard.values is not None
-        bounds = shard.offsets[at : stop + 1]
-        span = slice(bounds[0], bounds[-1])
-        found = predictor.predict_rows(bounds - bounds[0], shard.indices[span], shard.values[span].copy())
-        yield ids[at:stop], found, int((np.diff(bounds) == 0).sum())
-
-
-def _of_new_documents(
-    predictor: Predictor, source: Source, part: int, first_row: int
-) -> Iterator[tuple[pa.Array, Prediction, int]]:
-    for table in source.read_split(source.splits[part]):
-        batch = table.combine_chunks().to_batches()[0]
-        ids = batch.column("id")
-        if source.numbered:
-            ids = pa.array(np.arange(first_row, first_row + len(batch))).cast(pa.string())
-            first_row += len(batch)
-        yield ids, *_predict_new(predictor, batch)
-
-
-def _predict_new(predictor: Predictor, batch: pa.RecordBatch) -> tuple[Prediction, int]:
-    """Documents as their files have them, through the vocabulary and the row scale of the model."""
-    if predictor.input == "text":
-        assert predictor.vocabulary is not None
-        rows = predictor.vocabulary.transform(batch.column("text"))
-        found = predictor.predict_rows(rows.indptr, rows.indices, rows.data)
-        return found, int((np.diff(rows.indptr) == 0).sum())
-    if predictor.input == "dense":
-        column = batch.column("values")
-        dense = column.flatten().to_numpy().reshape(len(batch), column.type.list_size)
-        return predictor.predict_matrix(dense), _all_zero(dense)
-    bounds, indices, values = passes.csr_of(batch)
-    width = max(predictor.model.n_features, int(indices.max(initial=-1)) + 1)
-    matrix = sparse.csr_matrix((values, indices, bounds), shape=(len(batch), width))
-    lengths = np.diff(bounds)
-    if predictor.vocabulary is not None:  # it chose some of the columns
-        known = predictor.vocabulary.places(map(str, range(width)))[indices] >= 0
-        lengths = np.diff(np.concatenate([[0], np.cumsum(known)])[bounds])
-    return predictor.predict_matrix(matrix), int((lengths == 0).sum())
-
-
-def _all_zero(rows: NDArray[Any]) -> int:
-    return int((~rows.any(axis=1)).sum())
 
 
 # ---- before new documents are assigned: their ids

@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from assigning import files_of, table_of
+from assigning import files_of, random_model, table_of
+from corpora import make_corpus
 from distclust.corpus.prepare import prepare_local
 from distclust.corpus.shards import Corpus, ShardConfig
 from distclust.corpus.sources import open_source
+from distclust.corpus.vocabulary import VocabularyConfig
 from distclust.errors import DataError
+from distclust.results import blocks
 from distclust.results.assign import AssignConfig, assign_corpus, assign_documents
 from distclust.results.assignment import Assignment
+from distclust.results.predict import Predictor
 from stories import records, write_jsonl
 
 
@@ -126,3 +131,54 @@ def test_finished_assignments_are_opened_from_inside(texts, tmp_path, monkeypatc
     with pytest.raises(DataError, match="the folder that the command was given in"):
         assign_corpus(texts[2], texts[1], ".", AssignConfig(all_probabilities=True, replace=True))
     assert Assignment.open(".").n_documents == 70
+
+
+# ---- rows that the model refuses
+
+
+@pytest.mark.parametrize("at", [0, 13, 39])
+@pytest.mark.parametrize("kind", ["dense", "weights"])
+def test_a_document_whose_row_overflows_is_named(tmp_path, at, kind):
+    """Finite in its file, and no more so with the row scale of the model."""
+    rows = np.random.default_rng(0).random((40, 6), np.float32)
+    sound = columns_of(rows, kind)
+    pq.write_table(sound, tmp_path / "a.parquet")
+    source = files_of(tmp_path / "a.parquet")
+    prepare_local(source, VocabularyConfig(scale=1e3), ShardConfig(), tmp_path / "c")
+    model = random_model(Corpus.open(tmp_path / "c"), tmp_path / "m")
+    rows[at:, 2] = 1e38
+    pq.write_table(columns_of(rows, kind), tmp_path / "b.parquet")
+    said = rf"b\.parquet, the document 'd{at}': a row holds NaN or infinity"
+    with pytest.raises(DataError, match=said), pytest.warns(RuntimeWarning, match="overflow"):
+        assign_documents(model, files_of(tmp_path / "b.parquet"), tmp_path / "out")
+
+
+def columns_of(rows, kind):
+    n, width = rows.shape
+    ids = [f"d{i}" for i in range(n)]
+    if kind == "dense":
+        return pa.table(
+            {"id": ids, "x": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), width)}
+        )
+    return pa.table({"id": ids, "indices": [list(range(width))] * n, "values": list(rows)})
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_a_document_of_a_corpus_is_named_with_its_shard(tmp_path, monkeypatch, kind):
+    corpus = make_corpus(tmp_path / "c", (10, 10, 10), kind=kind)
+    model = random_model(corpus, tmp_path / "m")
+    monkeypatch.setattr(blocks, "_ROWS", 4)  # the document is in the second block of its shard
+    name = "predict_dense" if kind == "dense" else "predict_rows"
+    usual, shard = getattr(Predictor, name), corpus.shard(1)
+    values = shard.dense[7] if kind == "dense" else shard.values[shard.offsets[7] : shard.offsets[8]]
+    assert len(values)
+
+    def predict(self, *arrays):
+        if np.isin(values, arrays[-1]).all():
+            raise DataError("row 3 of those given has no finite score; expected one")
+        return usual(self, *arrays)
+
+    monkeypatch.setattr(Predictor, name, predict)
+    said = r"shard-00001\.arrow, the document 'doc-17': row 3 of those given has no finite score"
+    with pytest.raises(DataError, match=said):
+        assign_corpus(model, tmp_path / "c", tmp_path / "out")
