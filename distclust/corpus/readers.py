@@ -209,7 +209,15 @@ def _read_parquet(split: Split, columns: list[str]) -> Iterator[Block]:
         batches = pq.ParquetFile(file).iter_batches(
             BLOCK_ROWS, row_groups=[split.part], columns=columns, use_threads=False
         )
-        yield from _clipped(batches, split.start, split.stop, split.first_row - split.start)
+        try:
+            yield from _clipped(batches, split.start, split.stop, split.first_row - split.start)
+        except pa.ArrowInvalid as error:
+            if "Expected all lists to be of size" not in str(error):
+                raise
+            raise DataError(  # Arrow reads no null there, and cannot say which row it is
+                f"{split.path}: among the rows from {split.first_row} on, one has no list (null) in a column "
+                "of fixed-size lists; expected numbers in each row; fill it in, or leave the row out."
+            ) from error
 
 
 # ---- Arrow IPC, as a file or as a stream

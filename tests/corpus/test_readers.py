@@ -17,6 +17,7 @@ import fsspec.utils
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
@@ -131,6 +132,16 @@ def test_an_infinite_label_is_a_label(tmp_path: Path) -> None:
     table = pa.table({"text": list(map(text_of, range(4))), "label": [1.0, float("inf"), float("nan"), 2.5]})
     pq.write_table(table, tmp_path / "a.parquet")
     assert prepared(files(tmp_path / "a.parquet"), tmp_path / "c").manifest.counts["unlabelled"] == 1
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_dense_row_that_is_null(tmp_path: Path, ending: str) -> None:
+    table = pa.table({"x": pa.array([[1, 2], None, [3, 4]], pa.list_(pa.float32(), 2))})
+    if ending == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        pyarrow.feather.write_feather(table, tmp_path / "a.arrow")
+    refused(files(tmp_path / f"a.{ending}"), tmp_path / "c", rf"a\.{ending}.*row.* has no .*\(null\)")
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
