@@ -77,7 +77,8 @@ class SourceConfig:
     where: str | None = None
     """Column of truth values: only documents where it is true are taken."""
     values_are: Literal["weights", "counts"] = "weights"
-    """``counts`` are weighed as the vocabulary options say; ``weights`` are taken as they are."""
+    """``counts`` (whole numbers) are weighed as the vocabulary options say; ``weights`` are taken as they
+    are."""
     n_features: int | None = None
     """Number of columns of sparse rows. Default: the largest index plus one."""
     limit: int | None = None
