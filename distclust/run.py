@@ -68,6 +68,7 @@ from distclust.run_folder import (
     nothing_left,
     read_json,
     remember_run,
+    stored_path,
     write_json,
 )
 from distclust.training.cluster import connect, run_training
@@ -412,12 +413,12 @@ class _Job:
             "seconds": dict(self.done.seconds),
             "fitted_on": fitted_on(self.config, self.corpus) if self.by_estimator else self.corpus.n_rows,
             "global_steps": self.outcome.global_steps if self.outcome is not None else 0,
-            "checkpoint": _relative(self.outcome.checkpoint, self.folder)
+            "checkpoint": stored_path(self.outcome.checkpoint, self.folder)
             if self.outcome is not None
             else None,
             "assignments": ASSIGNMENTS,
             "model": None if self.by_estimator else MODEL,
-            "corpus": _relative(str(self.corpus_root), self.folder),
+            "corpus": stored_path(str(self.corpus_root), self.folder),
             "mlflow_run_id": None,
             "model_uri": None,
             "how_to_open": None,
@@ -492,11 +493,3 @@ def final_metrics(summary: dict[str, Any]) -> dict[str, float]:
             if row[key] is not None:
                 metrics[f"{prefix}{key}"] = row[key]
     return metrics | {f"seconds/{part}": seconds for part, seconds in summary["seconds"].items()}
-
-
-def _relative(path: str, folder: Path) -> str:
-    """The path as seen from the run folder, where it lies in it, else the whole of it; a URL as it is."""
-    if is_url(path):
-        return path
-    whole = Path(path).absolute()
-    return str(whole.relative_to(folder.absolute()) if whole.is_relative_to(folder.absolute()) else whole)

@@ -358,6 +358,15 @@ def assignments_of(folder: Path) -> Path:
     return folder / ASSIGNMENTS if (folder / SUMMARY).exists() else folder
 
 
+def stored_path(path: str, folder: Path) -> str:
+    """How summary.json names a path: as seen from the run folder where it lies in it, else the whole of it; a
+    URL as it is."""
+    if is_url(path):
+        return path
+    whole = Path(path).absolute()
+    return str(whole.relative_to(folder.absolute()) if whole.is_relative_to(folder.absolute()) else whole)
+
+
 def corpus_of(assignments: Path) -> str:
     """The corpus of the run that is, or has, the assignments: a path, or a URL.
 
