@@ -203,9 +203,6 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         out.print(f"{'MLflow':<12} {summary['how_to_open']}", soft_wrap=True, markup=False)
 
 
-# ---- the table of methods
-
-
 def print_agreement(found: Agreement, names: list[str], as_json: bool) -> None:
     """How far the runs of these names agree, each with the others, and the one that agrees most."""
     nearest = names[found.nearest]
@@ -224,6 +221,9 @@ def print_agreement(found: Agreement, names: list[str], as_json: bool) -> None:
     out.print(f"{found.mean:.3f}  on average: NMI (arithmetic) of every two of the {len(names)}")
     if len(names) > 2:  # two agree with each other equally
         out.print(f"{nearest} agrees most with the others.", soft_wrap=True, markup=False)
+
+
+# ---- the table of methods
 
 
 def print_methods(table: dict[str, list[dict[str, Any]]], brief: bool = False) -> None:

@@ -109,7 +109,9 @@ def canonical(columns: pa.RecordBatch, layout: Layout, where: str) -> pa.Table:
             None if layout.label is None else columns.column(layout.label), rows, layout.labels_among
         ),
     }
-    check_classes(pc.unique(out["labels"].flatten()).to_pylist(), where)
+    classes = pc.unique(out["labels"].flatten()).to_pylist()
+    if classes != ["-1"]:  # of two classes, -1 and 1, a block may have the one alone
+        check_classes(classes, where)
     title = None if layout.title is None else columns.column(layout.title)
     if layout.kind == "text":
         texts = [columns.column(name).cast(pa.string()) for name in layout.text]
@@ -151,8 +153,8 @@ def ids_of(column: pa.Array, name: str, where: str) -> pa.Array:
 
     Args:
         column: text or whole numbers.
-        name: of the column, for messages, as is
-        where: the file and first row.
+        name: of the column, for messages.
+        where: the file and first row, for messages.
 
     Raises:
         DataError: a document has none.
@@ -203,11 +205,11 @@ def check_classes(classes: Collection[str], where: str) -> None:
         DataError: -1 would be scored as a class.
     """
     others = {name for name in classes if name != "-1"}
-    if len(others) == len(classes) or others <= {"1"} or not all(_WHOLE.fullmatch(name) for name in others):
+    if len(others) == len(classes) or others == {"1"} or not all(_WHOLE.fullmatch(name) for name in others):
         return
-    some = ", ".join(sorted(others, key=int)[:3])
+    some = f"among {', '.join(sorted(others, key=int)[:3])} and other whole numbers" if others else "alone"
     raise DataError(
-        f"{where}: the label -1 among {some} and other whole numbers, which scikit-learn writes for 'no "
+        f"{where}: the label -1 {some}, which scikit-learn writes for 'no "
         "label' and which would be scored as a class; expected nothing in its place (null, an empty text; "
         "NaN in an npz), or a word where -1 is a class: write the labels so."
     )

@@ -323,7 +323,7 @@ def _second_pass(job: Job, run: Any) -> Manifest:
     counts = RowCounts()
     for result in results:
         counts = counts + RowCounts(**{**result["counts"], "classes": set(result["counts"]["classes"])})
-    check_classes(counts.classes, "the documents")  # a file may have -1 alone
+    check_classes(counts.classes, "the documents")  # a block may have had -1 alone
     kind = "dense" if job.source.kind == "dense" else "sparse"
     return Manifest(
         kind=kind,

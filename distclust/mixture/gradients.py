@@ -10,15 +10,13 @@ from torch import Tensor
 
 from distclust.mixture.noise import Noise
 from distclust.mixture.own import two_rows
-from distclust.mixture.settings import Phase
+from distclust.mixture.settings import PARTS, Phase
 from distclust.mixture.sparse import Rows, n_rows
 from distclust.mixture.statistics import STATISTICS
 from distclust.mixture.terms import Scene, Stats
 
 if TYPE_CHECKING:
     from distclust.mixture.model import MixtureModel
-
-_PARTS = ("network", "experts", "energy", "gate")
 
 
 def check_gradients(model: MixtureModel, *, sparse: bool) -> None:
@@ -53,7 +51,7 @@ def _check_phase(model: MixtureModel, phase: Phase, x: Rows) -> None:
         ) from error
     for part in phase.trains:
         if reached.isdisjoint(model.trained_in(replace(phase, trains=(part,)))):
-            there = [name for name in _PARTS if any(found.startswith(f"{name}.") for found in reached)]
+            there = [name for name in PARTS if any(found.startswith(f"{name}.") for found in reached)]
             raise ValueError(
                 f"{where}: it trains {part}, which has no gradient from its terms ({terms}); expected parts "
                 f"that they reach ({', '.join(there) or 'none'}): set phases.{phase.name}.trains, or add a "

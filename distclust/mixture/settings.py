@@ -263,6 +263,8 @@ FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """What a phase and a checkpoint may be called: a checkpoint's folder has its phase's name in it."""
 _LONGEST_NAME = 100
 """Characters of a phase's name: file systems take 255, and the folder has more in its name."""
+PARTS = ("network", "experts", "energy", "gate")
+"""What a phase may train, or parts of them."""
 NOISY = ("network", "gate", "augment")
 """What a phase's noise may name: see MixtureModel.disturbed, MixtureModel.view."""
 
@@ -319,7 +321,7 @@ class Phase:
         if self.epochs and not self.trains and not self.statistics:
             raise ValueError(f"phase {self.name} has {self.epochs} epochs and nothing that they change")
         for part in self.trains:
-            one_of(f"{where}.trains", part.split(".")[0], ("network", "experts", "energy", "gate"))
+            one_of(f"{where}.trains", part.split(".")[0], PARTS)
         for part in self.noise:
             one_of(f"{where}.noise", part, NOISY)
         if self.refresh_steps < 0:

@@ -358,6 +358,11 @@ def test_minus_one_is_no_class_in_any_format(tmp_path: Path, ending: str, apart:
     assert set(prepared(source([1, -1, 1]), tmp_path / "d").manifest.classes) == {"-1", "1"}
 
 
+def test_nothing_but_minus_one_is_no_class_either(tmp_path: Path) -> None:
+    source = npz(tmp_path / "a.npz", **CSR, y=np.array([-1.0, np.nan, -1]))
+    refused(source, tmp_path / "c", "the documents: the label -1 alone.*NaN in an npz")
+
+
 def test_rows_of_no_numbers(tmp_path: Path) -> None:
     refused(npz(tmp_path / "a.npz", x=np.zeros((3, 0))), tmp_path / "c", "at least one number")
     table = pa.table({"x": pa.array([[], []], pa.list_(pa.float32(), 0))})
