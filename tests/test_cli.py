@@ -125,7 +125,7 @@ def test_methods_in_brief_is_one_line_a_row():
 def test_the_documents_count_and_name_every_row():
     root = Path(__file__).parent.parent
     assert f"# {len(METHODS) + len(ESTIMATORS)} methods of" in (root / "README.md").read_text()
-    named = (root / "docs" / "methods.md").read_text()
+    named = (root / "docs" / "rows.md").read_text()
     assert [name for name in (*METHODS, *ESTIMATORS) if f"`{name}`" not in named] == []
 
 

@@ -32,7 +32,7 @@ from distclust.training.hooks import NoHooks, Position
 from distclust.training.world import World
 
 OWN = tuple(name for name in os.environ.get("DISTCLUST_ROWS", "").split(",") if name)
-"""Rows of a user's own, as import paths: they inherit these tests (docs/methods.md)."""
+"""Rows of a user's own, as import paths: they inherit these tests (docs/rows.md)."""
 ROWS = (*METHODS, *OWN)
 GOLDEN = Path(__file__).parent / "golden_losses.txt"
 # rows whose temperature or step would make tiny runs explode on their published settings

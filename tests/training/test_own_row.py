@@ -28,8 +28,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def example() -> str:
-    """The module that docs/methods.md shows."""
-    text = (ROOT / "docs" / "methods.md").read_text()
+    """The module that docs/rows.md shows."""
+    text = (ROOT / "docs" / "rows.md").read_text()
     found = re.search(r"```python\n(# mine.py.*?)```", text, re.DOTALL)
     assert found is not None
     return found.group(1)
