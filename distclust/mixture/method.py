@@ -16,8 +16,11 @@ KMEANS = "initialise_clusters"
 _FROM_KMEANS = ("pinv_gate", "e_step_gate", "gaussian_start")
 """Starts that take up what k-means has found."""
 
-STARTS = frozenset({KMEANS, *_FROM_KMEANS})
-"""Starts of the clusters that a phase may begin with: see training/initialise.py."""
+DIRECTIONS = "singular_directions"
+"""The start of a network that is the rows' singular directions."""
+
+STARTS = frozenset({KMEANS, DIRECTIONS, *_FROM_KMEANS})
+"""Starts that a phase may begin with: see training/initialise.py."""
 
 SPECTRAL_MAP = "spectral_map"
 """What a phase may begin with beside those and a statistic: the landmarks of its encoder's target."""
@@ -35,6 +38,7 @@ _NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
     "pinv_gate": {"gate": ("linear",)},
     "e_step_gate": {"gate": ("linear",)},
     "gaussian_start": {"energy": ("gaussian",), "gate": ("prior",)},
+    DIRECTIONS: {"network": ("directions",)},
 }
 """What a slot has to hold for a term, a statistic or a start; beside these, energies where they read them."""
 
@@ -56,7 +60,7 @@ class Method:
     name: str
     paper: str
     summary: str
-    network: Literal["autoencoder", "variational", "none"] = "autoencoder"
+    network: Literal["autoencoder", "variational", "directions", "none"] = "autoencoder"
     energy: Literal["experts", "dissimilarity", "student", "gaussian", "none"]
     gate: Literal["network", "expert_codes", "linear", "tied", "prior", "hard"]
     aggregator: Literal["LSE", "EXP", "MIN", "MIX", "FREE", "TARGET", "NONE"]
@@ -160,6 +164,7 @@ class Method:
                 "false; say reconstruction in its place, or set model.unit_codes to true"
             )
         self._check_first_codes(where, n_clusters)
+        self._check_directions(where)
         self._check_starts(where, published or self)
         measured = any("temperature" in phase.begin for phase in self.phases)
         if self.settings.tau_spread is not None and self.phases and not measured:
@@ -215,6 +220,18 @@ class Method:
             raise ValueError(
                 f"{where}: its labels are read from clusters that start from k-means, and after phase "
                 f"{self.phases[-1].name} nothing has found them; {said}"
+            )
+
+    def _check_directions(self, where: str) -> None:
+        """Singular directions have to be found before anything asks for codes."""
+        if self.network != "directions" or self.settings.network or not self.phases:
+            return
+        first = self.phases[0]
+        if first.begin[:1] != (DIRECTIONS,):
+            expected = ", ".join((DIRECTIONS, *(name for name in first.begin if name != DIRECTIONS)))
+            raise ValueError(
+                f"{where}: its codes are the rows' singular directions, which have to be found before "
+                f"anything else; say phases.{first.name}.begin=[{expected}]"
             )
 
     @property

@@ -16,7 +16,7 @@ from distclust.mixture.experts import AutoencoderExperts, build_experts
 from distclust.mixture.gates import HardGate, LinearGate, NetworkGate, PriorGate, TiedGate
 from distclust.mixture.layers import Lanes
 from distclust.mixture.method import Method
-from distclust.mixture.networks import Autoencoder, Identity, VariationalAutoencoder
+from distclust.mixture.networks import Autoencoder, Directions, Identity, VariationalAutoencoder
 from distclust.mixture.noise import Noise
 from distclust.mixture.own import build_network, check_members
 from distclust.mixture.routing import Routes, asked_by
@@ -137,6 +137,8 @@ class MixtureModel(nn.Module):
         match self.method.network:
             case "none":
                 return Identity(self.n_features)
+            case "directions":
+                return Directions(self.n_features, s)
             case "variational":
                 return VariationalAutoencoder(self.n_features, s, self.lanes)
             case _:

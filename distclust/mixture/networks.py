@@ -69,6 +69,30 @@ class Identity(nn.Module):
         raise ValueError("this row has no network, so there is nothing to reconstruct")
 
 
+class Directions(nn.Module):
+    """The rows' leading singular directions as an encoder: latent semantic analysis (Deerwester et al. 1990).
+
+    Codes are `x V`, what a row has of each direction, and a row is rebuilt as `V V' x`. The start
+    `singular_directions` finds V (D, J); a phase that does not train the network leaves it.
+    """
+
+    def __init__(self, n_features: int, s: ModelSettings):
+        super().__init__()
+        self.code_size = s.code_size
+        self.directions = nn.Parameter(torch.zeros(n_features, s.code_size))
+
+    def encode(self, x: Rows, noise: Noise | None = None) -> Tensor:
+        """Codes (B, J)."""
+        return rows_times(x, self.directions)
+
+    def encode_with_layers(self, x: Rows, noise: Noise | None = None) -> tuple[Tensor, Layers]:
+        return self.encode(x, noise), {}
+
+    def recon_error(self, codes: Tensor, x: Rows, layers: Layers | None = None) -> Tensor:
+        """`||x - V codes||^2` (B,)."""
+        return squared_error(x, codes, self.directions, codes.new_zeros(len(self.directions)))
+
+
 class Autoencoder(nn.Module):
     """An encoder D -> hidden -> J and its mirror, linear at the codes and at the output (or a sigmoid)."""
 

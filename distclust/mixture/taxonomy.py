@@ -83,7 +83,9 @@ def _is_experts(row: Method | Estimator) -> bool:
 
 def _architecture(row: Method | Estimator) -> str:
     parts, network = [], _words(row.network)
-    if _has_network(row) and _trains_network(row):
+    if _words(row.network) == "directions":
+        parts.append("linear projection (SVD)")
+    elif _has_network(row) and _trains_network(row):
         conv = "conv" in network or _setting(row, "conv") not in ("", "()")
         parts.append("VAE" if "vari" in network or "vae" in network else "CNN" if conv else "MLP")
     if _is_experts(row):

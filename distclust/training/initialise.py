@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from distclust.config import RunConfig
@@ -21,8 +24,9 @@ from distclust.mixture.energies import (
     told_of_domain,
 )
 from distclust.mixture.gates import LinearGate, PriorGate
+from distclust.mixture.method import DIRECTIONS, KMEANS
 from distclust.mixture.model import MixtureModel
-from distclust.mixture.networks import Identity
+from distclust.mixture.networks import Directions, Identity
 from distclust.mixture.sparse import Rows, SparseRows
 from distclust.training.kmeans import assign_to_centroids, fit_kmeans, threads_for
 from distclust.training.world import World
@@ -36,14 +40,16 @@ _SAMPLE_NUMBERS = 2**28
 
 
 def start_clusters(name: str, model: MixtureModel, stream: Stream, config: RunConfig, world: World) -> None:
-    """What a phase may begin with: `initialise_clusters`, `pinv_gate`, `e_step_gate`, `gaussian_start`
-    (`method.STARTS`).
+    """What a phase may begin with: `singular_directions`, `initialise_clusters`, `pinv_gate`, `e_step_gate`,
+    `gaussian_start` (`method.STARTS`).
 
     Raises:
         DataError: when there are fewer distinct codes than clusters.
     """
-    if name == "initialise_clusters":
+    if name == KMEANS:
         initialise_clusters(model, stream, config, world)
+    elif name == DIRECTIONS:
+        find_directions(model, stream, config, world)
     elif name == "pinv_gate":
         assert isinstance(model.gate, LinearGate)
         model.gate.start_from(model.pseudo_centroids)
@@ -176,6 +182,43 @@ def fit_spectral_map(model: MixtureModel, stream: Stream, world: World) -> None:
         buffer.copy_(world.broadcast(buffer.clone()))
 
 
+@torch.no_grad()
+def find_directions(model: MixtureModel, stream: Stream, config: RunConfig, world: World) -> None:
+    """The leading right singular vectors of an evenly drawn sample of rows, by scikit-learn's randomised SVD
+    (Halko, Martinsson & Tropp 2011), as the encoder's weight.
+
+    All workers hand in their share of the sample, rank 0 factorises, everybody gets the result, which so does
+    not depend on how many they are. Where there are fewer directions than numbers in a code, the last are 0.
+    """
+    assert isinstance(model.network, Directions)
+    corpus, code_size = stream.corpus, model.network.code_size
+    a_row = corpus.n_features if corpus.kind == "dense" else 2 * corpus.manifest.n_nonzeros / corpus.n_rows
+    size = min(config.initialise.sample, corpus.n_rows, int(_SAMPLE_NUMBERS / max(a_row, 1)) + 1)
+    batch = stream.gather(_share(_evenly(corpus.n_rows, size), world))
+    values = world.gather_rows(batch.values).cpu().numpy()
+    rows: Any = values
+    if batch.offsets is not None and batch.indices is not None:
+        lengths = world.gather_rows(batch.offsets.diff()).cpu().numpy()
+        indices = world.gather_rows(batch.indices).cpu().numpy()
+        offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        rows = csr_matrix((values, indices, offsets), (len(lengths), corpus.n_features))
+    found = torch.zeros_like(model.network.directions)
+
+    def fit() -> str:
+        from sklearn.decomposition import TruncatedSVD
+
+        svd = TruncatedSVD(min(code_size, *rows.shape), random_state=config.seed)
+        with threads_for(rows.size * code_size):
+            svd.fit(rows)
+        found[:, : len(svd.components_)] = torch.from_numpy(svd.components_.T.copy())
+        share = float(svd.explained_variance_ratio_.sum())
+        log.info("%d singular directions of %d rows, %.3g of their variance", svd.n_components, size, share)
+        return ""
+
+    world.on_first(fit)
+    model.network.directions.copy_(world.broadcast(found))
+
+
 def _sample_codes(model: MixtureModel, stream: Stream, config: RunConfig, world: World) -> Tensor:
     """This worker's share (n, J) of a sample of codes."""
     n_rows = stream.corpus.n_rows
@@ -189,11 +232,19 @@ def _sample(stream: Stream, world: World, size: int, encode: Callable[[Rows], Te
     """This worker's share (n, width) of `size` evenly drawn rows, encoded, in row order; fixed blocks, so a
     code does not depend on its neighbours."""
     n_rows, n_features = stream.corpus.n_rows, stream.corpus.n_features
-    chosen = np.unique(np.linspace(0, n_rows - 1, size).astype(np.int64))
-    mine = np.array_split(chosen, world.size)[world.rank]
+    mine = _share(_evenly(n_rows, size), world)
     blocks = [mine[i : i + BLOCK] for i in range(0, len(mine), BLOCK)]
     codes = [encode(_padded(stream.gather(block), n_features, BLOCK))[: len(block)] for block in blocks]
     return torch.cat(codes) if codes else torch.zeros(0, width, device=world.device)
+
+
+def _evenly(n_rows: int, size: int) -> NDArray[np.int64]:
+    return np.unique(np.linspace(0, n_rows - 1, size).astype(np.int64))
+
+
+def _share(chosen: NDArray[np.int64], world: World) -> NDArray[np.int64]:
+    """This worker's rows of a sample; in rank order they are the sample."""
+    return np.array_split(chosen, world.size)[world.rank]
 
 
 def _padded(batch: Batch, n_features: int, n_rows: int) -> Rows:

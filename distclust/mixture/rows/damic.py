@@ -261,6 +261,43 @@ SELF_TRAINING = Method(
     ),
 )
 
+_LSA_START = Phase(
+    name="initialise", epochs=0, begin=("singular_directions", "initialise_clusters", "code_radius")
+)
+"""k-means on the rows' singular directions, in place of a pretrained autoencoder's codes."""
+
+
+def _from_lsa(row: Method, name: str, summary: str) -> Method:
+    """The row without an autoencoder: gate and experts read rows, so only the start asks for codes."""
+    return replace(
+        row,
+        name=name,
+        paper=f"{row.paper}; the start from latent semantic analysis is ours",
+        summary=summary,
+        network="directions",
+        settings=replace(row.settings, code_size=50, input_dropout=0.0),
+        phases=(_LSA_START, *row.phases[2:]),
+    )
+
+
+DAMIC_LSA = _from_lsa(
+    DAMIC_TEXT,
+    "damic-lsa",
+    "DAMIC for text that starts from k-means on singular directions: no autoencoder is trained",
+)
+
+DAMIC_LSA_CONSOLIDATED = _from_lsa(
+    DAMIC_CONSOLIDATED,
+    "damic-lsa-consolidated",
+    "DAMIC from singular directions, and then the gate teaches itself w^2 / f with the experts as evidence",
+)
+
+SELF_TRAINING_LSA = _from_lsa(
+    SELF_TRAINING,
+    "self-training-lsa",
+    "self-training without experts that starts from k-means on singular directions",
+)
+
 ROWS = (
     DAMIC,
     DAMIC_PRETRAINING,
@@ -276,4 +313,7 @@ ROWS = (
     DAMIC_CONSOLIDATED,
     DAMIC_ANNEALED,
     SELF_TRAINING,
+    DAMIC_LSA,
+    DAMIC_LSA_CONSOLIDATED,
+    SELF_TRAINING_LSA,
 )
