@@ -61,8 +61,8 @@ def _check_phase(model: MixtureModel, phase: Phase, x: Rows) -> None:
 
 def reached_in(model: MixtureModel, phase: Phase, x: Rows) -> set[str]:
     """The parameters that the terms of a phase have gradients in, by name."""
-    scene = model.scene(x, phase, _totals(model, phase, x), Noise(0, 0, [0], [n_rows(x)], "cpu"))
-    values = model.term_values(scene, phase)
+    noise = Noise(0, 0, [0], [n_rows(x)], "cpu")
+    _, values = model.loss_terms(x, phase, _totals(model, phase, x), noise)
     leaves = {leaf for name in _weighted(phase) for leaf in _leaves(values[name])}
     return {name for name, parameter in model.named_parameters() if id(parameter) in leaves}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -256,15 +257,14 @@ class MixtureModel(nn.Module):
     @torch.no_grad()
     def _teacher_log_p(self, x: Rows) -> Tensor:
         """The gate (B, K) of the frozen teacher on undisturbed rows."""
-        own, counts = self._answering(), self.lanes.counts
-        self.lanes.counts = None  # what is frozen normalises with running means
+        own = self._answering()
         try:
             for name in own:
                 self._modules[name] = self.teacher[name]
-            log_p = self.view(x, ("gate",)).log_p
+            with self._normalised(None):  # what is frozen has running values
+                log_p = self.view(x, ("gate",)).log_p
         finally:
             self._modules.update(own)
-            self.lanes.counts = counts
         assert log_p is not None
         return log_p
 
@@ -341,11 +341,8 @@ class MixtureModel(nn.Module):
     def pseudo_labels(self, x: Rows) -> Tensor:
         """The k-means cluster (B,) of the rows' codes: DAMIC's pseudo-labels, from the frozen pretrained
         encoder."""
-        counts, self.lanes.counts = self.lanes.counts, None
-        try:
+        with self._normalised(None):
             return self._from_pseudo_centroids(x).argmin(1)
-        finally:
-            self.lanes.counts = counts
 
     def _from_pseudo_centroids(self, x: Rows) -> Tensor:
         """Distances (B, K) of the rows' codes, by differences: by inner products they would depend on the
@@ -429,19 +426,32 @@ class MixtureModel(nn.Module):
         needs = frozenset().union(*(TERMS[name].needs for name, _ in phase.terms))
         return self.disturbed(x, phase, totals, noise, needs)
 
+    def loss_terms(
+        self, x: Rows, phase: Phase, totals: Stats, noise: Noise | None
+    ) -> tuple[Scene, dict[str, Tensor]]:
+        """`scene` and its `term_values`; a decoder's batches are normalised by lanes like its encoder's."""
+        with self._normalised(_lane_rows(phase, noise)):
+            scene = self.scene(x, phase, totals, noise)
+            return scene, self.term_values(scene, phase)
+
+    @contextmanager
+    def _normalised(self, counts: tuple[int, ...] | None) -> Iterator[None]:
+        """Batches normalised by lanes of so many rows, or with running values."""
+        before, self.lanes.counts = self.lanes.counts, counts
+        try:
+            yield
+        finally:
+            self.lanes.counts = before
+
     def disturbed(
         self, x: Rows, phase: Phase, totals: Stats, noise: Noise | None, needs: Iterable[str]
     ) -> Scene:
         """A forward pass with the phase's noise: augmentation, dropout, and batches normalised by lanes."""
         s = self.settings
-        # a network that does not learn normalises with its running values
-        self.lanes.counts = noise.lane_rows if noise is not None and phase.trains_network else None
-        try:
-            if noise is not None and "augment" in phase.noise and (s.rotation or s.shift):
-                x = augment(x, s.image, s.rotation, s.shift, noise)
+        if noise is not None and "augment" in phase.noise and (s.rotation or s.shift):
+            x = augment(x, s.image, s.rotation, s.shift, noise)
+        with self._normalised(_lane_rows(phase, noise)):
             return Scene(self, x, self.view(x, needs, noise, phase.noise, self.asks(phase)), totals)
-        finally:
-            self.lanes.counts = None
 
     def term_values(self, scene: Scene, phase: Phase) -> dict[str, Tensor]:
         """Each term's value (B,), unweighted."""
@@ -467,6 +477,11 @@ class MixtureModel(nn.Module):
     def predict(self, x: Rows) -> Tensor:
         """`log_scores` without gradient."""
         return self.log_scores(x)
+
+
+def _lane_rows(phase: Phase, noise: Noise | None) -> tuple[int, ...] | None:
+    """The lanes of a step's batch; None for a network that does not learn: it keeps its running values."""
+    return noise.lane_rows if noise is not None and phase.trains_network else None
 
 
 def _frozen_twin(model: MixtureModel, name: str, part: nn.Module) -> nn.Module:

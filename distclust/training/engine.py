@@ -71,8 +71,7 @@ class StepLoss(nn.Module):
         self, x: Rows, noise: Noise, phase: Phase, totals: Stats, rows_in_step: int
     ) -> tuple[Tensor, Stats]:
         """The local sum of the terms x world / rows in the step, and sums for the log."""
-        scene = self.model.scene(x, phase, totals, noise)
-        values = self.model.term_values(scene, phase)
+        scene, values = self.model.loss_terms(x, phase, totals, noise)
         sums = {name: value.sum() for name, value in values.items()}
         loss = torch.stack([weight * sums[name] for name, weight in phase.terms]).sum()
         scaled = loss * (self.world_size / rows_in_step)

@@ -39,8 +39,7 @@ def explain(trainer: Trainer, batch: Batch, position: Position, phase: Phase) ->
         part = trainer.stream.gather(numbers)
         noise = Noise(trainer.config.seed, position.global_step, [lane], [count], trainer.world.device)
         with torch.no_grad():
-            scene = trainer.model.scene(trainer.rows(part), phase, trainer.totals, noise)
-            values = trainer.model.term_values(scene, phase)
+            _, values = trainer.model.loss_terms(trainer.rows(part), phase, trainer.totals, noise)
         for name, value in values.items():
             wrong = (~torch.isfinite(value)).nonzero().flatten().cpu().numpy()
             if wrong.size:

@@ -265,6 +265,29 @@ def test_batch_norm_of_a_frozen_network_keeps_its_running_values() -> None:
     assert all(m.seen for m in model.network.encoder.norms)
 
 
+@pytest.mark.parametrize("image", [{}, {"image": (1, 12, 12), "conv": ((4, 5, 1, 2), (6, 3, 1, 1))}])
+def test_batch_norm_of_a_decoder_is_by_lanes_too(image: dict[str, Any]) -> None:
+    """The terms that decode run after the encoder's pass, and normalise as it does."""
+    d = 144 if image else J
+    model = model_of("aljalbout", d, hidden=(8, 5), norm="batch", **image)
+    phase = METHODS["aljalbout"].phases[0]
+    x, halves = torch.rand(B, d), Noise(0, 0, [0, 1], [B // 2, B // 2], "cpu")
+    scene, values = model.loss_terms(x, phase, {}, halves)
+    norms = {n: m for n, m in model.trained_modules() if isinstance(m, LaneBatchNorm)}
+    assert len(norms) >= 4 - bool(image)
+    assert all(len(m.seen) == 1 for m in norms.values()), [n for n, m in norms.items() if len(m.seen) != 1]
+    parts = [
+        model.loss_terms(x[at : at + B // 2], phase, {}, Noise(0, 0, [0], [B // 2], "cpu"))[1]
+        for at in (0, B // 2)
+    ]
+    for name, together in values.items():
+        torch.testing.assert_close(together, torch.cat([part[name] for part in parts]))
+    STATISTICS["batch_norm"].apply(model, STATISTICS["batch_norm"].collect(scene))
+    for norm in norms.values():
+        assert bool((norm.running_mean != 0).any())
+    assert model.lanes.counts is None  # nothing is normalised by lanes outside a step
+
+
 @pytest.mark.parametrize(
     ("method", "part", "function", "times"),
     [

@@ -109,7 +109,9 @@ def test_codes_before_there_are_directions_are_refused(names: tuple[str, ...]) -
 
 def test_other_networks_have_no_directions_to_find() -> None:
     phases = {"initialise": {"begin": ["singular_directions", "initialise_clusters"]}}
-    with pytest.raises(ConfigError, match="needs the network directions, and that of this row is autoencoder"):
+    with pytest.raises(
+        ConfigError, match="needs the network directions, and that of this row is autoencoder"
+    ):
         resolve({"method": "damic-text", "clusters": 3, "phases": phases})
 
 
