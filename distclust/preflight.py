@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from distclust.config import ClusterConfig, RunConfig, TrackingConfig, to_dict
@@ -21,6 +23,8 @@ from distclust.training.checkpoint import differences
 from distclust.training.reach import reach, sqlite_file
 from distclust.training.run_identity import unusable
 from distclust.training.tracking import SPOOL_NAME, tracking_uri
+
+logger = logging.getLogger(__name__)
 
 
 def check_tracking(tracking: TrackingConfig, run_dir: Path) -> None:
@@ -135,6 +139,8 @@ def check_fits(config: RunConfig, corpus: Corpus) -> None:
         raise ConfigError(str(error)) from error
     if model.reads_sigmoid:
         _check_output(corpus)
+    if corpus.kind == "dense" and (config.row.network != "none" or config.row.gate == "linear"):
+        _tell_of_offset(corpus)
 
 
 def _check_image(config: RunConfig, corpus: Corpus) -> None:
@@ -144,6 +150,26 @@ def _check_image(config: RunConfig, corpus: Corpus) -> None:
         raise ConfigError(
             f"model.image is {asked}, and the rows of {corpus.root} are images of {list(there)} (channels, "
             f"height, width); expected the same, or the pixels are scrambled: set model.image={list(there)}"
+        )
+
+
+_FAR = 20.0
+"""Times their spread that rows may lie from 0 before somebody is told."""
+
+
+def _tell_of_offset(corpus: Corpus) -> None:
+    """What all rows have in common is no news, and a layer's weights are multiplied by it: far from 0 layers
+    were seen to end in one cluster. The first shard with rows is looked at."""
+    shard = next(corpus.shard(i) for i, rows in enumerate(corpus.shard_rows) if rows)
+    rows = np.asarray(shard.dense, dtype=np.float64)
+    mean = rows.mean(axis=0)
+    offset, spread = float(np.linalg.norm(mean)), float(np.sqrt(np.square(rows - mean).sum(1).mean()))
+    if spread > 0 and offset > _FAR * spread:
+        logger.warning(
+            "the rows of %s lie %.0f times their spread from 0, and a network or a linear gate learns badly "
+            "there; expected columns with a mean near 0: subtract each column's mean before",
+            corpus.root,
+            offset / spread,
         )
 
 

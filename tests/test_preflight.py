@@ -192,3 +192,17 @@ def test_looking_for_gradients_costs_the_same_for_any_size() -> None:
 def test_a_gate_on_codes_has_no_images() -> None:
     with pytest.raises(ConfigError, match=r"reads the experts' codes, .*set model.gate_conv=\[\]"):
         run_on("mixae", image=[3, 6, 4], gate_conv=[[4, 3, 1, 1]])
+
+
+@pytest.mark.parametrize("method", ["cm", "dmae"])
+def test_rows_far_from_0_are_told_of(tmp_path: Path, method: str, caplog: pytest.LogCaptureFixture) -> None:
+    x = np.random.default_rng(0).normal(size=(40, 6))
+    for name, offset in (("near", 3.0), ("far", 100.0)):
+        np.savez(tmp_path / f"{name}.npz", x=x + offset)
+        caplog.clear()
+        corpus = corpus_of(tmp_path / f"{name}.npz", tmp_path / name, 1.0)
+        check_fits(run_on(method), corpus)
+        told = [record.message for record in caplog.records if "times their spread from 0" in record.message]
+        assert len(told) == (name == "far"), told
+    check_fits(run_on("dmm"), corpus)
+    assert len([r for r in caplog.records if "their spread" in r.message]) == 1, "no layer meets these rows"

@@ -334,19 +334,19 @@ def init_plus_plus(
     """DMAE's starting points (K, J) for an arbitrary dissimilarity: a max-min exchange over random
     candidates.
 
-    Start from K random codes. A hundred times, draw a candidate: when its smallest dissimilarity to the set
-    exceeds the
-    smallest one within the set, it replaces the nearer member of that closest pair; else, when its
-    second-smallest
-    exceeds the smallest of its nearest member, it replaces that member. `pairwise(a, b)` gives (len(a),
-    len(b)).
+    Start from K random codes that differ. A hundred times, draw a candidate that is not among them: when
+    its smallest dissimilarity to the set exceeds the smallest one within the set, it replaces the nearer
+    member of that closest pair; else, when its second-smallest exceeds the smallest of its nearest member, it
+    replaces that member. `pairwise(a, b)` gives (len(a), len(b)).
     """
     n = codes.shape[0]
-    chosen = codes[torch.randperm(n, generator=generator)[:k].to(codes.device)].clone()
+    chosen = _first_distinct(codes, torch.randperm(n, generator=generator).to(codes.device), k)
     if k < 2:
         return chosen
     for _ in range(100):
         candidate = codes[torch.randint(n, (1,), generator=generator).to(codes.device)]
+        if (candidate == chosen).all(1).any():  # by some dissimilarities a copy is not near (dot product)
+            continue
         to_set = pairwise(candidate, chosen)[0]  # (K,)
         within = pairwise(chosen, chosen)  # (K, K)
         within.fill_diagonal_(float("inf"))
@@ -358,3 +358,17 @@ def init_plus_plus(
         elif to_set.kthvalue(2).values > within[near].min():
             chosen[near] = candidate[0]
     return chosen
+
+
+def _first_distinct(codes: Tensor, order: Tensor, k: int) -> Tensor:
+    """The first k codes (K, J) in that order that differ; fewer where there are no more."""
+    size = k
+    while True:
+        rows = codes[order[:size]]
+        _, value = torch.unique(rows, dim=0, return_inverse=True)
+        places = torch.arange(len(rows), device=codes.device)
+        first = torch.full_like(places, len(rows)).scatter_reduce(0, value, places, "amin")
+        first = first[first < len(rows)].sort().values  # where each value is met first
+        if len(first) >= k or len(rows) == len(order):
+            return rows[first[:k]].clone()
+        size *= 4

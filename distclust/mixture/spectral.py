@@ -93,9 +93,10 @@ class SpectralMap(nn.Module):
         rows, affinity = rows[kept], affinity[kept][:, kept]
         n = len(rows)
         if n < n_codes:
+            other = "ask for fewer clusters" if self.given is None else "leave it out to have it measured"
             raise DataError(
-                f"at model.spectral_gamma {gamma:g} only {n} of {n_given} landmarks have neighbours, and "
-                f"{n_codes} clusters need as many: set it lower, or leave it out to have it measured"
+                f"at model.spectral_gamma {gamma:g} only {n} of {len(kept)} landmarks that differ (of "
+                f"{n_given}) have neighbours, and {n_codes} clusters need as many: set it lower, or {other}"
             )
         root = affinity.sum(1).rsqrt()  # (n,)
         values, vectors = torch.linalg.eigh(root[:, None] * affinity * root)

@@ -264,6 +264,17 @@ def _check_corpus(predictor: Predictor, corpus: Corpus) -> None:
                 "expected a corpus that was prepared with the model's vocabulary. Give the documents' "
                 "files: they go through it"
             )
+    _check_image(predictor, manifest.options.get("image_shape"))
+
+
+def _check_image(predictor: Predictor, shape: Sequence[int] | None) -> None:
+    """Pixels of another shape may be as many, in other places."""
+    known = predictor.about.get("image_shape") or predictor.model.settings.image
+    if shape and known and list(shape) != list(known):
+        raise DataError(
+            f"the documents are images of {list(shape)} (channels, height, width), the model was trained on "
+            f"images of {list(known)}; expected the same: turn or scale the images"
+        )
 
 
 def _check_source(predictor: Predictor, source: Source) -> None:
@@ -280,6 +291,7 @@ def _check_source(predictor: Predictor, source: Source) -> None:
             f"the documents have {width} columns, the model was trained on {d}; expected the same features "
             "in the same order"
         )
+    _check_image(predictor, source.image_shape)
 
 
 # ---- one part

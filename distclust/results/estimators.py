@@ -237,13 +237,15 @@ def _kmeans(rows: Rows, k: int, seed: int, settings: EstimatorConfig) -> Callabl
     # expanded squares, as `fitted.predict` has them in float32, cost rows far from 0 their digits
     centres = fitted.cluster_centers_.astype(np.float64)
     mean = centres.mean(axis=0)
+    # distances in units of the centres' own, so that "close" does not depend on the data's
+    unit = float(np.square(centres - mean).sum(axis=1).mean()) or 1.0
 
     def predict(block: Rows) -> Prediction:
         block, near = block.astype(np.float64), centres
         if isinstance(block, np.ndarray):
             block, near = block - mean, centres - mean
         distances = euclidean_distances(block, near, squared=True)
-        return _hard(distances.argmin(axis=1), k)._replace(ambiguous=_close(-distances))
+        return _hard(distances.argmin(axis=1), k)._replace(ambiguous=_close(-distances / unit))
 
     return predict
 
@@ -308,7 +310,8 @@ def neighbour_graph(rows: npt.NDArray[Any], settings: EstimatorConfig) -> Any:
     if name in OF_POSITIVES and rows.min() < 0:
         raise DataError(
             f"estimator.dissimilarity is {name}, and the rows have negative values; expected none below 0: "
-            "set estimator.components=0, so that rows are taken as they are, or another dissimilarity"
+            "take another dissimilarity. Sparse rows that were reduced first are left as they are by "
+            "estimator.components=0"
         )
     if name == "mahalanobis":
         rows = _whitened(rows, settings.floor)

@@ -51,6 +51,7 @@ def export_checkpoint(checkpoint: str, config: RunConfig, corpus: Corpus, folder
         "seed": config.seed,
         "corpus": manifest.fingerprint,
         "vocabulary": manifest.vocabulary_fingerprint,
+        "image_shape": manifest.options.get("image_shape") or list(config.model.image),
     }
     model = load_model(checkpoint, config, corpus)
     if not manifest.vocabulary_fingerprint:

@@ -231,7 +231,8 @@ def _checked(codes: Floats, n_clusters: int) -> npt.NDArray[np.float32]:
         bad = np.flatnonzero(~usable)
         raise DataError(
             f"{bad.size} of {len(rows)} rows to cluster hold NaN, infinity or values beyond {_TOO_LARGE:.0e} "
-            f"(first: row {bad[0]}); expected finite codes: the training before it diverged"
+            f"(first: row {bad[0]}); expected smaller ones: correct these documents, or, where rows are "
+            "codes, lower the learning rate of the phase that learnt them"
         )
     if n_clusters < 1:
         raise DataError(f"{n_clusters} clusters asked; expected 1 or more")

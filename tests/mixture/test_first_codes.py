@@ -132,13 +132,24 @@ def test_rows_too_small_for_a_measured_width_are_refused() -> None:
 @pytest.mark.parametrize(
     ("gamma", "message"),
     [
-        (1e7, r"at model.spectral_gamma 1e\+07 only \d+ of 200 landmarks have neighbours.*set it lower"),
+        (
+            1e7,
+            r"at model.spectral_gamma 1e\+07 only \d+ of 200 landmarks that .*set it lower, or leave it",
+        ),
         (1e-3, r"all landmarks are near each other: the eigenvalue of the last of 5 .*set it higher"),
     ],
 )
 def test_a_width_that_tells_nothing_apart_is_refused(gamma: float, message: str) -> None:
     with pytest.raises(DataError, match=message):
         fitted(moons()[0], 5, gamma)
+
+
+def test_a_measured_width_is_not_to_be_left_out() -> None:
+    rows = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.4], [0.4, 0.5], [9.0, 9.0], [-9.0, 5.0]])
+    with pytest.raises(
+        DataError, match=r"of 6 landmarks that differ \(of 54\) .*lower, or ask for fewer clusters$"
+    ):
+        fitted(rows.repeat(9, 1), 6, None)
 
 
 @pytest.mark.parametrize(

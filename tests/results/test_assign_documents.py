@@ -12,6 +12,7 @@ import pytest
 
 from assigning import files_of, random_model, table_of
 from corpora import make_corpus
+from distclust.config import resolve
 from distclust.corpus.prepare import prepare_local
 from distclust.corpus.shards import Corpus, ShardConfig
 from distclust.corpus.sources import open_source
@@ -21,6 +22,7 @@ from distclust.results import blocks
 from distclust.results.assign import AssignConfig, assign_corpus, assign_documents
 from distclust.results.assignment import Assignment
 from distclust.results.predict import Predictor
+from distclust.run import train_run
 from stories import records, write_jsonl
 
 
@@ -182,3 +184,24 @@ def test_a_document_of_a_corpus_is_named_with_its_shard(tmp_path, monkeypatch, k
     said = r"shard-00001\.arrow, the document 'doc-17': row 3 of those given has no finite score"
     with pytest.raises(DataError, match=said):
         assign_corpus(model, tmp_path / "c", tmp_path / "out")
+
+
+def test_images_of_another_shape_are_refused(tmp_path):
+    """Seven by eleven pixels are as many as eleven by seven, in other places."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 7, 11)).astype(np.uint8)
+    for name, x in (("a", images), ("b", images.transpose(0, 2, 1)), ("flat", images.reshape(40, 77))):
+        np.savez(tmp_path / f"{name}.npz", x=x)
+        prepare_local(files_of(tmp_path / f"{name}.npz"), VocabularyConfig(), ShardConfig(), tmp_path / name)
+    source = {"name": "files", "files": [str(tmp_path / "a.npz")]}
+    config = resolve({"method": "dmm", "clusters": 3, "cluster": {"workers": 0}, "source": source})
+    train_run(config, tmp_path / "run", corpus_root=tmp_path / "a")
+    model = tmp_path / "run" / "model"
+    said = r"images of \[1, 11, 7\] .*trained on images of \[1, 7, 11\]"
+    with pytest.raises(DataError, match=said):
+        assign_documents(model, files_of(tmp_path / "b.npz"), tmp_path / "out")
+    with pytest.raises(DataError, match=said):
+        assign_corpus(model, tmp_path / "b", tmp_path / "out")
+    same = assign_documents(model, files_of(tmp_path / "a.npz"), tmp_path / "same")
+    flat = assign_documents(model, files_of(tmp_path / "flat.npz"), tmp_path / "flat-out")
+    # no shape is known: taken as they are
+    assert table_of(same)["cluster"] == table_of(flat)["cluster"]

@@ -86,6 +86,17 @@ def test_k_means_of_rows_far_from_nought(tmp_path):
     assert adjusted_rand_score(found, y) == 1.0
 
 
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e4])
+def test_what_is_close_does_not_depend_on_the_unit_of_the_data(unit, tmp_path):
+    x, y = make_blobs(400, n_features=5, centers=4, cluster_std=0.5, center_box=(-4, 4), random_state=0)
+    np.savez(tmp_path / "rows.npz", x=(unit * x).astype(np.float32), y=y)
+    source = SourceConfig(name="files", files=(str(tmp_path / "rows.npz"),))
+    prepare_local(source, VocabularyConfig(scale=1.0), ShardConfig(), tmp_path / "corpus")
+    done = assigned(config("k-means", clusters=4), Corpus.open(tmp_path / "corpus"), tmp_path / "out")
+    assert adjusted_rand_score(done.clusters(), y) == 1.0
+    assert done.manifest["ambiguous"] == 0
+
+
 @pytest.mark.parametrize(("covariance", "kind"), [("diagonal", "diag"), ("full", "full")])
 def test_the_mixture_of_gaussians_is_sklearns(dense, tmp_path, covariance, kind):
     done = assigned(config("gmm", covariance=covariance), dense, tmp_path / "out")

@@ -9,10 +9,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from distclust.errors import DataError
+from distclust.mixture.energies import DISSIMILARITIES, DissimilarityOptions, init_plus_plus
 from distclust.training import kmeans
 from distclust.training.kmeans import assign_to_centroids, count_distinct, fit_kmeans
 
@@ -279,3 +281,20 @@ def test_assignment_refuses_what_cannot_be_compared() -> None:
     with pytest.raises(DataError, match="row 2 of the codes holds NaN"):
         assign_to_centroids(codes, np.zeros((2, 3)))
     assert assign_to_centroids(codes[:0], np.zeros((2, 3)))[0].shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["dot_product", "cosine", "manhattan"])
+def test_the_max_min_start_has_no_two_alike(name: str) -> None:
+    """A copy of a chosen row is not at distance 0 by every dissimilarity, and many rows may be equal."""
+    formula, options = DISSIMILARITIES[name].formula, DissimilarityOptions()
+
+    def pairwise(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return formula(a[:, None, :], b, options)
+
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.rand(300, 4, generator=generator) + 1.0
+        codes[12:] = codes[11]  # 289 equal rows
+        start = init_plus_plus(codes, 8, pairwise, generator)
+        assert start.shape == (8, 4)
+        assert len(torch.unique(start, dim=0)) == 8, seed
