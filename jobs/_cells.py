@@ -20,6 +20,11 @@ from jobs._tables import Row, Section, Table, cell_config, cell_name, what_is_mi
 
 MACHINE = "machine.json"
 FAILED = "failed.json"
+_SHOWN = (
+    *("nmi_geometric", "nmi_arithmetic", "ari", "acc", "baselines"),
+    *("seconds", "n_documents", "scored", "n_clusters"),
+)
+"""What a table shows of a summary."""
 # of a run's settings, those that do not change what it finds
 _FREE = ("checkpoint", "cluster", "tracking")
 
@@ -105,12 +110,9 @@ def read_cells(lines: Sequence[Line]) -> None:
         for cell in line.cells:
             try:
                 summary, machine = read_cell(cell)
-                unlike = _unlike(cell) if summary else []
+                unlike = finished_unlike(cell) if summary else ""
                 if unlike:
-                    line.failures[cell.seed] = (
-                        f"finished with other settings ({'; '.join(unlike)}); "
-                        f"move {cell.folder} away to run it again"
-                    )
+                    line.failures[cell.seed] = unlike
                 elif summary:
                     line.summaries[cell.seed] = summary
                     line.machines.add(machine)
@@ -148,13 +150,22 @@ def read_cell(cell: Cell) -> tuple[dict[str, Any], str]:
             return {}, ""
         remedy = "remove that file: a summary is made anew, a machine is then not known"
         machine = read_json(cell.folder / MACHINE).get("words", "machine not known")
-        return read_json(cell.folder / SUMMARY), machine
+        summary = read_json(cell.folder / SUMMARY)
+        lacking = [name for name in _SHOWN if summary and name not in summary]
+        if lacking:
+            raise ConfigError(f"{cell.folder / SUMMARY} has no {', '.join(lacking)}")
+        return summary, machine
     except ConfigError as error:
         raise ConfigError(f"{error}. Of a table: {remedy}") from error
 
 
+def finished_unlike(cell: Cell) -> str:
+    """How a finished cell was run otherwise than it is asked for now; empty where it was not."""
+    found = "; ".join(_unlike(cell))
+    return found and f"finished with other settings ({found}); move {cell.folder} away to run it again"
+
+
 def _unlike(cell: Cell) -> list[str]:
-    """Where a finished cell was run otherwise than it is asked for now."""
     try:
         stored = to_dict(
             from_dict(stored_config(cell.folder))

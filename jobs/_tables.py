@@ -18,7 +18,7 @@ from typing import Any, Literal
 from distclust.config import RunConfig, allow_named, read_recipe, resolve
 from distclust.corpus.named import NAMED_SETS
 from distclust.errors import ConfigError, near, nearest
-from distclust.mixture.catalogue import ESTIMATORS
+from distclust.mixture.catalogue import ESTIMATORS, MISSING
 from distclust.mixture.imports import is_import_path
 from distclust.mixture.methods import METHODS, Method, find_method
 
@@ -297,6 +297,9 @@ def what_is_missing(table: Table, section: Section, row: Row, protocol: str) -> 
 
 
 def _not_there(kind: str, name: str, known: Sequence[str]) -> str:
+    outside = {key.lower(): row for key, row in MISSING.items()}.get(name.lower())
+    if kind == "method" and outside is not None:
+        return f"{outside.name} is no row: {outside.reason}"
     meant = near(name, known)
     if meant:
         raise ConfigError(f"there is no {kind} {name!r}{meant}")

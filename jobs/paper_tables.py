@@ -3,7 +3,8 @@
 A table is a YAML file of `jobs/tables/`. Each cell (a row, a protocol, a seed) is a run of its own below
 `--runs` and in MLflow, one Ray task with one thread. A cell that is finished is never run again, one that
 failed is named with its reason and tried again when the command is given again, and the others go on. The
-documents of a table are prepared once for each way of preparing them. `--no-run` only writes what is there.
+documents of a table are prepared once for each way of preparing them. `--no-run` only writes what is there;
+`--keep` leaves rows as the file has them whose runs are on another machine, or gone.
 What was tried beside a table is a table too, `trials/NAME`, which `all` leaves out.
 """
 
@@ -15,8 +16,6 @@ import datetime
 import logging
 import os
 import platform
-import re
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,12 +29,19 @@ from distclust.results.agreement import agreement
 from distclust.results.evaluate import class_numbers
 from distclust.run import prepare_run, train_run
 from distclust.run_folder import DONE, Done, assignments_of, write_json
-from jobs._cells import FAILED, MACHINE, Cell, Line, corpus_folder, plan, read_cell, read_cells
+from jobs._cells import (
+    FAILED,
+    MACHINE,
+    Cell,
+    Line,
+    corpus_folder,
+    finished_unlike,
+    plan,
+    read_cell,
+    read_cells,
+)
+from jobs._markdown import Asked, check_markers, markdown, read_kept, write_between
 from jobs._tables import PROTOCOLS, Table, load_table, table_names, trial_names
-
-SCORES = ("nmi_geometric", "nmi_arithmetic", "ari", "acc")
-PAIRED_SCORE = "nmi_arithmetic"
-
 
 # ---- run
 
@@ -172,12 +178,16 @@ def run_cells(cells: Sequence[Cell]) -> dict[Path, str]:
 
 
 def _left_to_run(cells: Sequence[Cell]) -> tuple[list[Cell], dict[Path, str]]:
-    """The cells that are not finished; and those that are damaged, by folder, with what to do."""
+    """The cells that are not finished; and those that are damaged or other than asked for, by folder, with
+    what to do."""
     waiting, damaged = [], {}
     for cell in cells:
         try:
             if not read_cell(cell)[0]:
                 waiting.append(cell)
+            elif unlike := finished_unlike(cell):
+                damaged[cell.folder] = unlike
+                _say(f"{cell.folder.name}: {unlike}")
         except ConfigError as error:
             damaged[cell.folder] = str(error)
             _say(f"{cell.folder.name}: {error}")
@@ -202,181 +212,6 @@ def _as_they_end(refs: dict[Any, Cell]) -> Iterator[tuple[Cell, str | None]]:
 def _say(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
-
-
-# ---- Markdown
-
-
-def markdown(table: Table, protocol: str, seeds: int, lines: Sequence[Line]) -> str:
-    """The table with everything that is needed to read it."""
-    out = [table.words.strip()]
-    for section in table.sections:
-        rows = [line for line in lines if line.section is section]
-        head = f"**{section.title}.** " if section.title else ""
-        about = " ".join(part for part in (section.words.strip(), _documents(rows)) if part)
-        if head or about:
-            out += ["", (head + about).strip()]
-        out += ["", *_rows(table, protocol, seeds, rows)]
-        paired = _paired(table, rows, seeds)
-        if paired:
-            out += ["", *paired]
-    return "\n".join([*out, "", *_notes(table, protocol, seeds, lines)])
-
-
-def _documents(rows: Sequence[Line]) -> str:
-    found = {
-        (s["n_documents"], s["scored"], s["n_clusters"])
-        for line in rows
-        if line.row.baseline_of is None
-        for s in line.summaries.values()
-    }
-    return " ".join(f"Measured on {n:,} rows, {scored:,} scored, K = {k}." for n, scored, k in sorted(found))
-
-
-def _rows(table: Table, protocol: str, seeds: int, rows: Sequence[Line]) -> list[str]:
-    names = ["method", "seeds", "NMI (geometric)", "NMI (arithmetic)", "ARI", "ACC", "seconds"]
-    if table.agreement:
-        names += ["agreement of seeds", "NMI of the seed nearest to the others"]
-    if table.published_nmi is not None:
-        names += [f"published NMI ({table.published_nmi})", "published ARI", "published ACC"]
-    out = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-    for line in rows:
-        cells = [_plain(line.row.label), *_measured(line, protocol, seeds)]
-        if table.agreement:
-            cells += _agreed(line)
-        if table.published_nmi is not None:
-            figures = line.row.published
-            shown = figures is not None and protocol in figures.protocols
-            for name in ("nmi", "ari", "acc"):
-                value = getattr(figures, name) if shown else None
-                cells.append("" if value is None else f"{value:.{table.published_digits}f}")
-        out.append(f"| {' | '.join(cells)} |")
-    return out
-
-
-def _agreed(line: Line) -> list[str]:
-    """How far the seeds agree, and what the one is worth that agrees most with the others."""
-    if line.agreement is None:
-        return ["", ""]
-    nearest = line.summaries[sorted(line.summaries)[line.agreement.nearest]][PAIRED_SCORE]
-    tells_apart = len(line.summaries) > 2 and nearest is not None  # two agree with each other equally
-    return [f"{line.agreement.mean:.3f}", f"{nearest:.3f}" if tells_apart else ""]
-
-
-def _measured(line: Line, protocol: str, seeds: int) -> list[str]:
-    found = [line.summaries[seed] for seed in sorted(line.summaries)]
-    if not found:
-        return ["0", _not_run(line, protocol), "", "", "", ""]
-    scores = [[s[name] for s in found if s[name] is not None] for name in SCORES]
-    seconds = [s["seconds"]["train"] for s in found if "train" in s["seconds"]]
-    return [
-        str(len(found)) if len(found) == seeds else f"{len(found)} of {seeds}",
-        *(_mean(values) for values in scores),
-        f"{statistics.median(seconds):.0f}" if seconds else "",
-    ]
-
-
-def _not_run(line: Line, protocol: str) -> str:
-    if line.missing is not None:
-        return f"not run ({_short(line.missing)})"
-    if line.failures:
-        return f"failed: {_short(next(iter(line.failures.values())))}"
-    if line.row.baseline_of is not None:
-        return f"not run (comes with {_plain(line.row.baseline_of.row)})"
-    hours = line.row.hours.get(protocol)
-    return "not run" if hours is None else f"not run (about {hours:g} h)"
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return "no labels"
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
-
-
-def _paired(table: Table, rows: Sequence[Line], seeds: int) -> list[str]:
-    """Each row's NMI less that of its reference on the same seed: the same autoencoder where there is one."""
-    out = []
-    by_label = {line.row.label: line for line in rows}
-    for line in rows:
-        name = line.row.paired_with or table.paired_with
-        if name is None or name == line.row.label or line.row.baseline_of is not None:
-            continue
-        own, other = True, by_label.get(name)
-        gains = []
-        for seed in range(seeds):
-            summary = line.summaries.get(seed)
-            if summary is None:
-                continue
-            reference = summary.get("baselines", {}).get(name)
-            if reference is None and other is not None:
-                own, reference = False, other.summaries.get(seed)
-            if reference is not None:
-                gains.append(summary[PAIRED_SCORE] - reference[PAIRED_SCORE])
-        if gains:
-            whose = f"{_plain(name)}{', of its own network' if own else ''}"
-            each = " ".join(f"{gain:+.3f}" for gain in gains)
-            out.append(f"| {_plain(line.row.label)} | {whose} | {each} | {statistics.mean(gains):+.3f} |")
-    if not out:
-        return []
-    return ["| method | less, in NMI (arithmetic) | per seed | mean |", "|---|---|---|---|", *out]
-
-
-def _notes(table: Table, protocol: str, seeds: int, lines: Sequence[Line]) -> list[str]:
-    general = table.protocols[protocol]
-    command = f"python -m jobs.paper_tables {table.name} --protocol {protocol} --seeds {seeds}"
-    machines = sorted(set().union(*(line.machines for line in lines)))
-    measured = f"measured {'; '.join(machines)}" if machines else "nothing of it is run yet"
-    notes = [
-        f"Protocol `{protocol}`: {general.words.strip()}",
-        f"`{command}`, {measured}; mean ± population standard deviation over seeds, every labelled row "
-        "scored after the last epoch; seconds: training with all its phases, median, one core a run.",
-    ]
-    if any(line.agreement is not None for line in lines):
-        notes.append(
-            "Agreement of seeds: mean NMI (arithmetic) between the clusters of every two runs of a row, "
-            "without any label, and 0 with a run that has all documents in one cluster. Beside it the NMI "
-            "(arithmetic) of the seed that agrees most with the others, which is the one to take where there "
-            "are no labels (`distclust agree`)."
-        )
-    if any(line.cells and not line.summaries for line in lines):
-        notes.append(f"Hours of what was not run are for one seed: {general.hours_from.strip()}")
-    if table.published_from:
-        notes.append(table.published_from.strip())
-    for line in lines:
-        for seed, reason in sorted(line.failures.items()) if line.summaries else ():
-            notes.append(f"{_plain(line.row.label)}, seed {seed}: {_short(reason)}")
-    return [f"* {note}" for note in notes]
-
-
-def _plain(text: str) -> str:
-    """Text that does not break a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _short(reason: str) -> str:
-    """A reason on one line, without the machine's folders."""
-    reason = _plain(re.sub(r"(?<![\w:/.~])/(?:[^\s/'\"]+/)+", "", reason))
-    return reason if len(reason) <= 200 else reason[:197] + "..."
-
-
-def write_between(path: Path, name: str, text: str, title: str) -> None:
-    """Put the text between the markers of `name`; where there are none, a section at the end is made."""
-    first, last = f"<!-- table {name} -->", f"<!-- end {name} -->"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    new = f"{first}\n{text}\n{last}"
-    before, found, rest = old.partition(first)
-    if not found:
-        whole = f"{old.rstrip()}\n\n## {title}\n\n{new}\n".lstrip()
-    else:
-        _, closed, after = rest.partition(last)
-        if not closed:
-            raise ConfigError(f"{path} has {first!r} without {last!r} behind it; put the second back")
-        whole = f"{before}{new}{after}"
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(whole, encoding="utf-8")
-    partial.replace(path)
 
 
 # ---- the command
@@ -416,12 +251,15 @@ def make(table: Table, options: argparse.Namespace) -> bool:
     read_cells(lines)
     if table.agreement:
         _compare_seeds(lines)
-    text = markdown(table, options.protocol, seeds, lines)
+    given = table.name if options.table == "all" else options.table
+    given = Path(given).name if Path(given).is_absolute() else given  # folders of this machine mean nothing
+    name = f"{table.name} {options.protocol}"
+    kept = read_kept(Path(options.out), name) if options.keep else None
+    text = markdown(Asked(table, options.protocol, seeds, given), lines, kept)
     if options.out is None:
         sys.stdout.write(text + "\n")
     else:
-        title = f"{table.title} ({options.protocol})"
-        write_between(Path(options.out), f"{table.name} {options.protocol}", text, title)
+        write_between(Path(options.out), name, text, f"{table.title} ({options.protocol})")
     return not failed and not any(line.wrong for line in wanted)
 
 
@@ -438,6 +276,8 @@ def _check_options(options: argparse.Namespace, tables: Sequence[Table]) -> None
     """Refuse what would be found out after hours, or never."""
     if options.seeds is not None and options.seeds < 1:
         raise ConfigError(f"--seeds is {options.seeds}; expected at least 1, or leave it out")
+    if options.keep and options.out is None:
+        raise ConfigError("--keep takes rows over from a Markdown file; name it with --out")
     labels = [row.label for table in tables for _, row in table.rows()]
     for name in options.only:
         if name in labels:
@@ -452,6 +292,8 @@ def _check_options(options: argparse.Namespace, tables: Sequence[Table]) -> None
             f"--out {options.out}: expected a Markdown file in a folder that is there; make the folder, or "
             "give another file"
         )
+    for table in tables if options.out is not None else ():
+        check_markers(Path(options.out), f"{table.name} {options.protocol}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -468,6 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only", action="append", default=[], metavar="ROW", help="run this row; may be repeated"
     )
     parser.add_argument("--list", action="store_true", help="check the tables and say what is finished")
+    parser.add_argument(
+        "--keep", action="store_true", help="rows that have more seeds in --out than here stand as they are"
+    )
     parser.add_argument("--no-run", action="store_true", help="only write what is finished")
     options = parser.parse_args(arguments)
     try:

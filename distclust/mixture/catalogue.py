@@ -38,7 +38,7 @@ class EstimatorConfig:
     spectral where rows are sparse, while their dense rows stay as they are. 0: rows stay as they are."""
     unit_rows: bool = True
     """Whether reduced rows are scaled to length 1, as suits texts."""
-    covariance: Literal["diagonal", "full"] = "diagonal"
+    covariance: Literal["spherical", "diagonal", "full"] = "diagonal"
     """Covariance of each Gaussian."""
     floor: float = 1e-6
     """Added to the variances of each Gaussian."""
@@ -204,7 +204,7 @@ MISSING: dict[str, Missing] = {
     for row in (
         _outside(
             "JULE",
-            "Yang, Parikh & Batra 2016",
+            "Yang, Parikh & Batra 2016, quoted as CNN-RC too",
             "merges clusters by affinities between pairs of samples; no cluster has an energy for one sample",
         ),
         _outside(
@@ -254,7 +254,7 @@ MISSING: dict[str, Missing] = {
         ),
         _left_out(
             "CCNN",
-            "Hsu & Lin 2017",
+            "Hsu & Lin 2017, quoted as CNN-FD too",
             "an image classifier without a decoder, on labels that k-means renews with every batch",
         ),
         _left_out(
@@ -291,6 +291,11 @@ MISSING: dict[str, Missing] = {
             "ConvDEC",
             "Guo et al. 2018",
             "DEC on images that are augmented in both phases: dcec with noise=[augment] there is near",
+        ),
+        _left_out(
+            "DEKM",
+            "Guo, Lin & Ye 2021",
+            "turns codes by eigenvectors of the within-cluster scatter and trains one direction at a time",
         ),
         _left_out(
             "fuzzy c-means",

@@ -76,7 +76,10 @@ def _manhattan(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
 
 
 def _minkowski(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:
-    return ((x - y).abs().pow(o.p).sum(-1) + EPS).pow(1.0 / o.p)
+    d = (x - y).abs()
+    # in units of the largest difference: a large power of a small number is 0 in float32
+    most = d.detach().amax(-1, keepdim=True).clamp_min(EPS)
+    return most.squeeze(-1) * ((d / most).pow(o.p).sum(-1) + EPS).pow(1.0 / o.p)
 
 
 def _chebyshev(x: Tensor, y: Tensor, o: DissimilarityOptions) -> Tensor:

@@ -48,10 +48,15 @@ def import_object(path: str) -> Any:
             f"allow_modules, --allow-module {module}, or set {VARIABLE}={module}"
         )
     try:
-        return getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
             f"{path!r}: the module cannot be imported ({error}); is it on PYTHONPATH?"
         ) from error
-    except AttributeError as error:
-        raise ValueError(f"{path!r}: the module has no {name!r}") from error
+    except Exception as error:  # it is somebody's code
+        raise ValueError(
+            f"{path!r}: importing the module failed ({type(error).__name__}: {error}); mend the module"
+        ) from error
+    if not hasattr(found, name):
+        raise ValueError(f"{path!r}: the module has no {name!r}")
+    return getattr(found, name)

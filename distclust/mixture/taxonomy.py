@@ -43,6 +43,8 @@ _LOSS_TERMS = {
     "layer_reconstruction": "reconstruction of every layer",
     "mixed_reconstruction": "reconstruction from the mixed centroid",
     "unit_reconstruction": "AE reconstruction",
+    "fourier_regression": "regression on random Fourier features",
+    "spectral_regression": "regression on spectral codes",
 }
 _NO_NETWORK = ("-", "none", "identity", "")
 
@@ -50,8 +52,9 @@ _NO_NETWORK = ("-", "none", "identity", "")
 def taxonomy(row: Method | Estimator) -> Taxonomy:
     """The seven building blocks, from the row's slots and phases.
 
-    Cells of published methods agree with the survey where its text says them. They are read off the slots, so
-    a new row has them too.
+    Cells of published methods agree with the survey where its text says them, but for the pretraining of
+    DEPICT and VaDE, which it does not count, and DEPICT's update, which it calls alternating. They are read
+    off the slots, so a new row has them too.
     """
     return Taxonomy(
         architecture=_architecture(row),
@@ -117,7 +120,7 @@ class Losses(NamedTuple):
     clustering: frozenset[str]
     """Terms that cluster; for a phase whose epochs are passes (EM), its statistics."""
     other: frozenset[str]
-    """Reconstructions."""
+    """Reconstructions, and regressions on first codes."""
     warm: bool
     """Whether what clusters are pseudo-labels alone."""
 
@@ -129,7 +132,7 @@ def losses(phase: Phase) -> Losses:
     if not phase.trains:
         return Losses(frozenset(phase.statistics), frozenset(), False)
     names = frozenset(name for name, _ in phase.terms)
-    other = frozenset(name for name in names if "reconstruction" in name)
+    other = frozenset(name for name in names if "reconstruction" in name or "regression" in name)
     pseudo = frozenset(name for name in names if name.startswith("pseudo"))
     joint = names & frozenset[str]().union(*AGGREGATOR_TERMS.values()) - other
     return Losses(joint | pseudo, other, bool(pseudo) and not joint)
@@ -158,7 +161,8 @@ def _clustering(row: Method | Estimator) -> str:
     if any(name.startswith("pseudo") for name in _term_names(row)):
         alone = row.aggregator == "NONE"
         words = ["cluster classification"] if alone else [*words, "cluster classification (warm start)"]
-    if row.aggregator != "TARGET" and _term_names(row) & AGGREGATOR_TERMS["TARGET"]:
+    sharpened = "lse_clean_teacher" in _term_names(row) and row.settings.sharpen > 1.0
+    if row.aggregator != "TARGET" and (sharpened or _term_names(row) & AGGREGATOR_TERMS["TARGET"]):
         words.append(_CLUSTERING_LOSSES["TARGET"])
     balances = bool(_term_names(row) & {"usage_prior", "batch_entropy"})
     # a target that is not sharpened can only balance: DEPICT's, p / f^eta

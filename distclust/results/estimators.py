@@ -255,7 +255,7 @@ def _gmm(rows: Rows, k: int, seed: int, settings: EstimatorConfig) -> Callable[[
 
     mixture = GaussianMixture(
         k,
-        covariance_type="diag" if settings.covariance == "diagonal" else "full",
+        covariance_type="diag" if settings.covariance == "diagonal" else settings.covariance,
         n_init=settings.restarts,
         max_iter=settings.iterations,
         reg_covar=settings.floor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from distclust.results.agreement import agreement
 from distclust.results.assignment import Assignment
 from distclust.results.evaluate import class_numbers
 from jobs._cells import Line, corpus_folder, plan, read_cells
+from jobs._markdown import Asked, markdown, read_kept, write_between
 from jobs._tables import PROTOCOLS, Table, load_table, merge_recipes, table_names, trial_names
-from jobs.paper_tables import main, markdown, prepare_cell, run_cell, write_between
+from jobs.paper_tables import main, prepare_cell, run_cell
 from tables import changed
 
 # ---- what a table may say
@@ -202,7 +204,7 @@ def test_finished_cells_stay_failed_ones_are_named_and_tried_again(
     read_cells(lines)
     assert lines[1].summaries == {}
     assert "finished with other settings (model.hidden[0]: 16 there, 17 asked)" in lines[1].failures[0]
-    assert main([path, "--seeds", "1", "--runs", str(runs)]) == 0
+    assert main([path, "--seeds", "1", "--runs", str(runs)]) == 1, "asked for, and not there"
     assert stamps(second.cells[0].folder) == before
 
 
@@ -271,7 +273,7 @@ def written(table: Table, protocol: str, tmp_path: Path) -> str:
     one.machines = {"2026-01-02 on 2 cores (x86_64), no GPU"}
     baseline.summaries = {0: {**summary(0.4, 0.0), "seconds": {}}}
     baseline.failures = {1: "a | reason\nof two lines"}
-    return markdown(table, protocol, 2, [one, baseline])
+    return markdown(Asked(table, protocol, 2, "tiny"), [one, baseline])
 
 
 TEXT = """\
@@ -306,7 +308,7 @@ def test_published_figures_stand_only_beside_their_own_protocol(tiny: Path, tmp_
 
 def test_a_row_that_was_not_run_has_hours_and_no_figure(tiny: Path, tmp_path: Path) -> None:
     table = load_table(str(tiny))
-    text = markdown(table, "cpu", 2, plan(table, "cpu", 2, tmp_path))
+    text = markdown(Asked(table, "cpu", 2, "tiny"), plan(table, "cpu", 2, tmp_path))
     assert "| one | 0 | not run (about 0.5 h) |  |  |  |  |  |  |  |" in text
     assert "| AE (l2) + k-means | 0 | not run (comes with one) |" in text
     assert "nothing of it is run yet" in text
@@ -319,7 +321,7 @@ def test_differences_are_taken_to_a_row_where_a_run_has_no_such_baseline(tiny: P
     one, other = plan(table, "cpu", 3, tmp_path)
     one.summaries = {0: summary(0.5, 1.0), 2: summary(0.7, 1.0)}
     other.summaries = {0: summary(0.4, 1.0), 1: summary(0.1, 1.0), 2: summary(0.3, 1.0)}
-    text = markdown(table, "cpu", 3, [one, other])
+    text = markdown(Asked(table, "cpu", 3, "tiny"), [one, other])
     assert "| one | AE (l2) + k-means | +0.100 +0.400 | +0.250 |" in text
 
 
@@ -387,3 +389,60 @@ def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="without"):
         write_between(path, "a cpu", "fourth", "A")
     assert path.read_text() == "<!-- table a cpu -->\nno end"
+
+
+def test_rows_with_more_seeds_in_the_file_than_here_may_be_kept(tiny: Path, tmp_path: Path) -> None:
+    table, out = load_table(str(tiny)), tmp_path / "results.md"
+    write_between(out, "tiny paper", written(table, "paper", tmp_path), "Tiny")
+    asked = Asked(table, "paper", 2, "tiny")
+    one, baseline = plan(table, "paper", 2, tmp_path)
+    kept = read_kept(out, "tiny paper")
+    lines = TEXT.splitlines()
+    # nothing is here: all stands, and the notes that go with it
+    text = markdown(asked, [one, baseline], kept)
+    assert text.splitlines()[:-1] == lines[:-1], "the failures of a row are not kept"
+    assert text.splitlines()[-1].startswith("* 2 rows stand as they were measured before")
+    # as many seeds here: they are written, and the other row stands beside them
+    one.summaries = {0: summary(0.7, 3.0, 0.45), 1: summary(0.7, 3.0, 0.61)}
+    one.machines = {"2026-02-03 on 4 cores (x86_64), no GPU"}
+    text = markdown(asked, [one, baseline], kept)
+    assert "| one | 2 | 0.710 ± 0.000 |" in text and "+0.250 +0.090" in text and "+0.050 -0.010" not in text
+    assert "| AE (l2) + k-means | 1 of 2 | 0.410 |" in text
+    assert "measured 2026-01-02 on 2 cores (x86_64), no GPU; 2026-02-03 on 4 cores" in text
+    assert text.splitlines()[-1].startswith("* 1 row stands as it was")
+    # a file without the table, or none, keeps nothing
+    for name, path in (("tiny cpu", out), ("tiny paper", tmp_path / "none.md")):
+        assert read_kept(path, name).rows == {}
+    assert markdown(asked, [one, baseline], read_kept(out, "tiny cpu")) == markdown(asked, [one, baseline])
+
+
+def test_what_keeps_rows_says_from_where(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tiny), "--no-run", "--keep"]) == 2
+    assert "name it with --out" in capsys.readouterr().err
+
+
+def test_a_table_given_by_its_path_has_a_command_that_runs(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--no-run", "--runs", str(tmp_path / "none")]
+    assert main([str(tiny), *options]) == 0
+    assert f"`python -m jobs.paper_tables {tiny.name} --protocol cpu --seeds 2`" in capsys.readouterr().out
+    given = os.path.relpath(tiny)
+    assert main([given, *options]) == 0
+    assert f"`python -m jobs.paper_tables {given} --protocol cpu --seeds 2`" in capsys.readouterr().out
+
+
+def test_a_marker_without_its_end_is_found_before_anything_is_run(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results.md"
+    out.write_text("<!-- table tiny cpu -->\nno end")
+    assert main([str(tiny), "--runs", str(tmp_path / "runs"), "--out", str(out)]) == 2
+    assert "put the second back" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_method_that_is_no_row_has_its_reason(tiny: Path, tmp_path: Path) -> None:
+    changed(tiny, "  - {label: one", "  - {label: merges, method: jule}\n  - {label: one")
+    line = plan(load_table(str(tiny)), "cpu", 1, tmp_path)[0]
+    assert line.missing is not None and "JULE is no row: merges clusters" in line.missing

@@ -157,6 +157,18 @@ FORMULAS = {
 }
 
 
+@pytest.mark.parametrize("p", [1.0, 3.0, 20.0, 60.0])
+def test_minkowski_of_small_differences_and_large_powers(p: float) -> None:
+    """A large power of a small difference is below whatever float32 adds to it."""
+    options = DissimilarityOptions(p=p)
+    x = torch.tensor([[0.01, 0.0], [0.1, 0.05], [0.5, 0.5], [0.0, 0.0]], requires_grad=True)
+    found = DISSIMILARITIES["minkowski"].formula(x, torch.zeros(2), options)
+    expected = [np.linalg.norm(row, ord=p) for row in x.detach().double().numpy()]
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-4, atol=1e-9)
+    found.sum().backward()
+    assert torch.isfinite(x.grad).all() and x.grad[0, 0] == pytest.approx(1.0, abs=1e-4)
+
+
 def _soft(v: np.ndarray) -> np.ndarray:
     e = np.exp(np.abs(v))
     return e / e.sum()

@@ -97,7 +97,9 @@ def test_what_is_close_does_not_depend_on_the_unit_of_the_data(unit, tmp_path):
     assert done.manifest["ambiguous"] == 0
 
 
-@pytest.mark.parametrize(("covariance", "kind"), [("diagonal", "diag"), ("full", "full")])
+@pytest.mark.parametrize(
+    ("covariance", "kind"), [("spherical", "spherical"), ("diagonal", "diag"), ("full", "full")]
+)
 def test_the_mixture_of_gaussians_is_sklearns(dense, tmp_path, covariance, kind):
     done = assigned(config("gmm", covariance=covariance), dense, tmp_path / "out")
     rows = dense_rows(dense).astype(np.float64)

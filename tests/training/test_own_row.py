@@ -84,6 +84,16 @@ def test_what_cannot_be_imported_is_named(mine: Path, monkeypatch: pytest.Monkey
         import_object("mine:missing")
     with pytest.raises(ValueError, match="nowhere.*PYTHONPATH"):
         import_object("nowhere:thing")
+    # a fault of the module is not a name that is missing
+    for name, content, said in (
+        ("half", "ROW = (", "SyntaxError"),
+        ("wrong", "import math\nROW = math.missing", "AttributeError"),
+    ):
+        (mine / f"{name}.py").write_text(content)
+        monkeypatch.setenv(VARIABLE, name)
+        with pytest.raises(ValueError, match=rf"'{name}:ROW': importing the module failed \({said}.*mend"):
+            import_object(f"{name}:ROW")
+    monkeypatch.setenv(VARIABLE, "mine,nowhere")
     with pytest.raises(ConfigError, match="huber is a function; expected a .*Method"):
         load_recipe("damic-text", ["method=mine:huber"])
     with pytest.raises(ConfigError, match="'model.dissimilarity' is|model.dissimilarity is 'mine.huber'"):

@@ -202,6 +202,7 @@ DAMIC_SHARP = replace(
     name="damic-sharp",
     paper=DAMIC_PAPER + "; DEC's sharpened target (Xie, Girshick & Farhadi 2016) as its teacher is ours",
     summary="DAMIC for text that teaches its gate w^2 / f: self-training with the experts as evidence",
+    target="w^2 / f, of the undisturbed row",
     # the larger tau, the less the experts say; without them it is the row self-training
     settings=replace(DAMIC_TEXT.settings, sharpen=2.0, balance=1.0, tau_spread=15.0),
 )

@@ -1,0 +1,280 @@
+"""A table as Markdown: what was measured, what was not and why, and the rows that an earlier table has."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distclust.errors import ConfigError
+from jobs._cells import Line
+from jobs._tables import Section, Table
+
+SCORES = ("nmi_geometric", "nmi_arithmetic", "ari", "acc")
+PAIRED_SCORE = "nmi_arithmetic"
+
+
+@dataclass(slots=True)
+class Kept:
+    """Lines of the table that a file has already, by section and label."""
+
+    rows: dict[tuple[str, str], str] = field(default_factory=dict)
+    paired: dict[tuple[str, str], str] = field(default_factory=dict)
+    documents: dict[str, str] = field(default_factory=dict)
+    """What each section says of its size."""
+    machines: frozenset[str] = frozenset()
+
+    def instead_of(self, line: Line, columns: int) -> str | None:
+        """The file's line of a row, where it has more seeds than are finished here."""
+        old = self.rows.get((line.section.title, _plain(line.row.label)))
+        if old is None or len(_cells_of(old)) != columns:
+            return None
+        seeds = int(_cells_of(old)[1].split()[0])
+        return old if seeds > len(line.summaries) else None
+
+
+def read_kept(path: Path, name: str) -> Kept:
+    """The lines between the markers of `name`; none where the file or the markers are not there."""
+    kept = Kept()
+    if not path.exists():
+        return kept
+    block = path.read_text(encoding="utf-8").partition(f"<!-- table {name} -->")[2]
+    section, lines = "", kept.rows
+    for text in block.partition(f"<!-- end {name} -->")[0].splitlines():
+        title = re.match(r"\*\*(.+?)\.\*\*", text)
+        section = title[1] if title else section
+        size = re.search(r"Measured on .* K = \d+\.", text)
+        if size is not None:
+            kept.documents[section] = size[0]
+        measured = re.search(r"`, measured (.+?); mean ± ", text)
+        if measured:
+            kept.machines = frozenset(measured[1].split("; "))
+        if text.startswith("| method |"):
+            lines = kept.paired if " | less, in " in text else kept.rows
+        elif text.startswith("| ") and (lines is kept.paired or text.split(" | ")[1] != "0"):
+            lines[section, _cells_of(text)[0]] = text
+    return kept
+
+
+def _cells_of(text: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", text)[1:-1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A table under a protocol with so many seeds."""
+
+    table: Table
+    protocol: str
+    seeds: int
+    given: str
+    """The table as the command was given it: its name, or a path."""
+
+
+def markdown(asked: Asked, lines: Sequence[Line], kept: Kept | None = None) -> str:
+    """The table with everything that is needed to read it.
+
+    Args:
+        asked: which.
+        lines: its rows, with what is finished of them here.
+        kept: lines of an earlier table, which stand where they have more seeds.
+    """
+    kept = kept or Kept()
+    out: list[str] = [asked.table.words.strip()]
+    from_here: list[Line] = []
+    for section in asked.table.sections:
+        rows = [line for line in lines if line.section is section]
+        head = f"**{section.title}.** " if section.title else ""
+        size = _documents(rows) or kept.documents.get(section.title, "")
+        about = " ".join(part for part in (section.words.strip(), size) if part)
+        if head or about:
+            out += ["", (head + about).strip()]
+        names = _columns(asked.table)
+        stays = {line.row.label: old for line in rows if (old := kept.instead_of(line, len(names)))}
+        from_here += [line for line in rows if line.row.label not in stays]
+        out += ["", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+        out += [stays.get(line.row.label) or _row(asked, line) for line in rows]
+        paired = _paired(asked, rows, {label: _old_pair(kept, section, label) for label in stays})
+        if paired:
+            out += ["", *paired]
+    n_kept = len(lines) - len(from_here)
+    notes = _notes(asked, from_here, kept.machines if n_kept else frozenset())
+    if n_kept:
+        rows = "1 row stands as it was" if n_kept == 1 else f"{n_kept} rows stand as they were"
+        notes.append(f"* {rows} measured before, by runs that are not here any more (`--keep`).")
+    return "\n".join([*out, "", *notes])
+
+
+def _old_pair(kept: Kept, section: Section, label: str) -> str | None:
+    return kept.paired.get((section.title, _plain(label)))
+
+
+def _documents(rows: Sequence[Line]) -> str:
+    found = {
+        (s["n_documents"], s["scored"], s["n_clusters"])
+        for line in rows
+        if line.row.baseline_of is None
+        for s in line.summaries.values()
+    }
+    return " ".join(f"Measured on {n:,} rows, {scored:,} scored, K = {k}." for n, scored, k in sorted(found))
+
+
+def _columns(table: Table) -> list[str]:
+    names = ["method", "seeds", "NMI (geometric)", "NMI (arithmetic)", "ARI", "ACC", "seconds"]
+    if table.agreement:
+        names += ["agreement of seeds", "NMI of the seed nearest to the others"]
+    if table.published_nmi is not None:
+        names += [f"published NMI ({table.published_nmi})", "published ARI", "published ACC"]
+    return names
+
+
+def _row(asked: Asked, line: Line) -> str:
+    table = asked.table
+    cells = [_plain(line.row.label), *_measured(line, asked.protocol, asked.seeds)]
+    if table.agreement:
+        cells += _agreed(line)
+    if table.published_nmi is not None:
+        figures = line.row.published
+        shown = figures is not None and asked.protocol in figures.protocols
+        for name in ("nmi", "ari", "acc"):
+            value = getattr(figures, name) if shown else None
+            cells.append("" if value is None else f"{value:.{table.published_digits}f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def _agreed(line: Line) -> list[str]:
+    """How far the seeds agree, and what the one is worth that agrees most with the others."""
+    if line.agreement is None:
+        return ["", ""]
+    nearest = line.summaries[sorted(line.summaries)[line.agreement.nearest]][PAIRED_SCORE]
+    tells_apart = len(line.summaries) > 2 and nearest is not None  # two agree with each other equally
+    return [f"{line.agreement.mean:.3f}", f"{nearest:.3f}" if tells_apart else ""]
+
+
+def _measured(line: Line, protocol: str, seeds: int) -> list[str]:
+    found = [line.summaries[seed] for seed in sorted(line.summaries)]
+    if not found:
+        return ["0", _not_run(line, protocol), "", "", "", ""]
+    scores = [[s[name] for s in found if s[name] is not None] for name in SCORES]
+    seconds = [s["seconds"]["train"] for s in found if "train" in s["seconds"]]
+    return [
+        str(len(found)) if len(found) == seeds else f"{len(found)} of {seeds}",
+        *(_mean(values) for values in scores),
+        f"{statistics.median(seconds):.0f}" if seconds else "",
+    ]
+
+
+def _not_run(line: Line, protocol: str) -> str:
+    if line.missing is not None:
+        return f"not run ({_short(line.missing)})"
+    if line.failures:
+        return f"failed: {_short(next(iter(line.failures.values())))}"
+    if line.row.baseline_of is not None:
+        return f"not run (comes with {_plain(line.row.baseline_of.row)})"
+    hours = line.row.hours.get(protocol)
+    return "not run" if hours is None else f"not run (about {hours:g} h)"
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return "no labels"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
+
+
+def _paired(asked: Asked, rows: Sequence[Line], stays: Mapping[str, str | None]) -> list[str]:
+    """Each row's NMI less that of its reference on the same seed: the same autoencoder where there is one."""
+    out = []
+    by_label = {line.row.label: line for line in rows}
+    for line in rows:
+        if line.row.label in stays:
+            out += [old for old in [stays[line.row.label]] if old is not None]
+            continue
+        name = line.row.paired_with or asked.table.paired_with
+        if name is None or name == line.row.label or line.row.baseline_of is not None:
+            continue
+        own, other = True, by_label.get(name)
+        gains = []
+        for seed in range(asked.seeds):
+            summary = line.summaries.get(seed)
+            if summary is None:
+                continue
+            reference = summary.get("baselines", {}).get(name)
+            if reference is None and other is not None:
+                own, reference = False, other.summaries.get(seed)
+            if reference is not None:
+                gains.append(summary[PAIRED_SCORE] - reference[PAIRED_SCORE])
+        if gains:
+            whose = f"{_plain(name)}{', of its own network' if own else ''}"
+            each = " ".join(f"{gain:+.3f}" for gain in gains)
+            out.append(f"| {_plain(line.row.label)} | {whose} | {each} | {statistics.mean(gains):+.3f} |")
+    if not out:
+        return []
+    return ["| method | less, in NMI (arithmetic) | per seed | mean |", "|---|---|---|---|", *out]
+
+
+def _notes(asked: Asked, lines: Sequence[Line], others: frozenset[str]) -> list[str]:
+    table, protocol = asked.table, asked.protocol
+    general = table.protocols[protocol]
+    command = f"python -m jobs.paper_tables {asked.given} --protocol {protocol} --seeds {asked.seeds}"
+    machines = sorted(others.union(*(line.machines for line in lines)))
+    measured = f"measured {'; '.join(machines)}" if machines else "nothing of it is run yet"
+    notes = [
+        f"Protocol `{protocol}`: {general.words.strip()}",
+        f"`{command}`, {measured}; mean ± population standard deviation over seeds, every labelled row "
+        "scored after the last epoch; seconds: training with all its phases, median, one core a run.",
+    ]
+    if any(line.agreement is not None for line in lines) or (others and table.agreement):
+        notes.append(
+            "Agreement of seeds: mean NMI (arithmetic) between the clusters of every two runs of a row, "
+            "without any label, and 0 with a run that has all documents in one cluster. Beside it the NMI "
+            "(arithmetic) of the seed that agrees most with the others, which is the one to take where there "
+            "are no labels (`distclust agree`)."
+        )
+    if any(line.cells and not line.summaries for line in lines):
+        notes.append(f"Hours of what was not run are for one seed: {general.hours_from.strip()}")
+    if table.published_from:
+        notes.append(table.published_from.strip())
+    for line in lines:
+        for seed, reason in sorted(line.failures.items()) if line.summaries else ():
+            notes.append(f"{_plain(line.row.label)}, seed {seed}: {_short(reason)}")
+    return [f"* {note}" for note in notes]
+
+
+def _plain(text: str) -> str:
+    """Text that does not break a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _short(reason: str) -> str:
+    """A reason on one line, without the machine's folders."""
+    reason = _plain(re.sub(r"(?<![\w:/.~])/(?:[^\s/'\"]+/)+", "", reason))
+    return reason if len(reason) <= 200 else reason[:197] + "..."
+
+
+def check_markers(path: Path, name: str) -> None:
+    """Refuse a file in which a table begins and does not end."""
+    first, last = f"<!-- table {name} -->", f"<!-- end {name} -->"
+    _, found, rest = (path.read_text(encoding="utf-8") if path.exists() else "").partition(first)
+    if found and last not in rest:
+        raise ConfigError(f"{path} has {first!r} without {last!r} behind it; put the second back")
+
+
+def write_between(path: Path, name: str, text: str, title: str) -> None:
+    """Put the text between the markers of `name`; where there are none, a section at the end is made."""
+    check_markers(path, name)
+    first, last = f"<!-- table {name} -->", f"<!-- end {name} -->"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    new = f"{first}\n{text}\n{last}"
+    before, found, rest = old.partition(first)
+    if not found:
+        whole = f"{old.rstrip()}\n\n## {title}\n\n{new}\n".lstrip()
+    else:
+        after = rest.partition(last)[2]
+        whole = f"{before}{new}{after}"
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(whole, encoding="utf-8")
+    partial.replace(path)
