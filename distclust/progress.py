@@ -24,6 +24,10 @@ class Listener:
 SILENT = Listener()
 
 
+_SAVED_EVERY = 15.0
+"""Seconds of a phase that a killed process may lose of the times it has measured."""
+
+
 class PhaseWatch:
     """Hears of the training's progress; measures each phase by this process' clock, and passes it on."""
 
@@ -51,11 +55,12 @@ class PhaseWatch:
     def close(self) -> None:
         """The last phase that was heard of ends now."""
         self._turn_to(-1)
+        self.done.save()
 
     def _turn_to(self, phase: int) -> None:
-        if phase == self.phase:
-            return
         now = time.monotonic()
+        if phase == self.phase and now - self.since < _SAVED_EVERY:
+            return
         # until the first phase is heard of, workers are being started
         name = (
             "start workers"
@@ -65,6 +70,9 @@ class PhaseWatch:
             else "stop"
         )
         self.done.add_seconds(name, now - self.since)
+        self.done.add_seconds("train", now - self.since)
+        if phase == self.phase:
+            self.done.save()
         for skipped in self.names[max(self.phase, 0) : max(phase, 0)]:
             self.done.add_seconds(skipped, 0.0)  # done between two looks
         self.phase, self.since = phase, now

@@ -307,13 +307,11 @@ class _Job:
         watch = PhaseWatch(self.config, self.done, self.listener)
         tracking = (tracker.uri, tracker.run_id) if tracker is not None else None
         try:
-            with timed(lambda s: self.done.add_seconds("train", s)):
-                self.outcome = run_training(
-                    self.config, self.corpus_root, self.folder, tracking=tracking, on_progress=watch
-                )
+            self.outcome = run_training(
+                self.config, self.corpus_root, self.folder, tracking=tracking, on_progress=watch
+            )
         finally:
             watch.close()
-            self.done.save()
         with self.done.timed("export"):
             export_checkpoint(self.outcome.checkpoint, self.config, self.corpus, self.model)
 
