@@ -48,7 +48,7 @@ _MODEL_NUMBERS: dict[Rule, tuple[str, ...]] = {
         *("tau", "tau_spread", "sharpen", "target_kappa", "alpha", "interval", "degrees"),
         *("fourier_gamma", "spectral_gamma"),
     ),
-    FROM_0: ("balance", "target_eta", "log_det", "rotation", "shift"),
+    FROM_0: ("balance", "target_eta", "usage_floor", "log_det", "rotation", "shift"),
     FROM_1: ("p",),
 }
 """Every number of `ModelSettings` that is not whole."""
@@ -118,6 +118,9 @@ class ModelSettings:
     """kappa of the target t ~ p^kappa / f^eta (DEC: 2)."""
     target_eta: float = 1.0
     """eta of the target t ~ p^kappa / f^eta (DEC: 1, DEPICT: 1/2)."""
+    usage_floor: float = 0.0
+    """f_k of a target counts as at least this share of an equal cluster's. A target is of the gate as it is, f
+    of the last count: without, a cluster that almost died may draw every row before it is counted again."""
     alpha: float = 1000.0
     """Inverse temperature of a tied gate."""
     dissimilarity: str = "euclidean"

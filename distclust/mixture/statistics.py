@@ -128,7 +128,9 @@ class GateUsage:
         return {"gate_usage": scene.view.log_p.double().exp().sum(0)}
 
     def apply(self, model: MixtureModel, totals: Stats) -> None:
-        totals["gate_usage"] = totals["gate_usage"].clamp_min(1e-12).to(torch.float32)
+        usage = totals["gate_usage"]
+        least = (model.settings.usage_floor * usage.sum() / len(usage)).clamp_min(1e-12)
+        totals["gate_usage"] = torch.maximum(usage, least).to(torch.float32)
 
 
 class Teacher(GateUsage):

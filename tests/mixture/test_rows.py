@@ -472,3 +472,19 @@ def test_cross_entropy_of_sparse_rows_is_that_of_dense_ones() -> None:
     expected = torch.nn.functional.binary_cross_entropy_with_logits(h @ w.t() + b, x, reduction="none").sum(1)
     torch.testing.assert_close(cross_entropy(x, h, w, b), expected)
     torch.testing.assert_close(cross_entropy(sparse, h, w, b), expected)
+
+
+def test_the_frequency_of_a_dying_cluster_has_a_floor() -> None:
+    """A target is of the gate as it is, f of the last count."""
+    usage = torch.tensor([80.0, 20.0, 1e-4, 0.0], dtype=torch.float64)
+    for floor, least in ((0.0, 1e-12), (0.1, 0.1 * 100 / 4)):
+        totals = {"gate_usage": usage.clone()}
+        STATISTICS["gate_usage"].apply(model_of("self-training", usage_floor=floor), totals)
+        expected = torch.tensor([80.0, 20.0, max(1e-4, least), least])
+        torch.testing.assert_close(totals["gate_usage"], expected.float())
+    # a row of which the dying cluster has a hundredth: without a floor all of it is to be that cluster's
+    log_p = torch.tensor([[0.69, 0.3, 0.01, 1e-9]]).log()
+    drawn = terms.sharpened_target(log_p, usage.clamp_min(1e-12).float().log(), 2.0, 1.0).exp()
+    assert drawn[0, 2] > 0.9
+    kept = terms.sharpened_target(log_p, totals["gate_usage"].log(), 2.0, 1.0).exp()
+    assert kept[0, 2] < 0.01
