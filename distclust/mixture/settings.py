@@ -119,8 +119,8 @@ class ModelSettings:
     target_eta: float = 1.0
     """eta of the target t ~ p^kappa / f^eta (DEC: 1, DEPICT: 1/2)."""
     usage_floor: float = 0.0
-    """f_k of a target counts as at least this share of an equal cluster's. A target is of the gate as it is, f
-    of the last count: without, a cluster that almost died may draw every row before it is counted again."""
+    """f_k of a target counts as at least this share of an equal cluster's. A target is of the gate as it is,
+    f of the last count: without, a cluster that almost died may draw every row before it is counted again."""
     alpha: float = 1000.0
     """Inverse temperature of a tied gate."""
     dissimilarity: str = "euclidean"
