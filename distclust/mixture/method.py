@@ -158,6 +158,12 @@ class Method:
                 f"{where}: model.balance and model.sharpen change the teacher of the term lse_clean_teacher, "
                 "which no phase has; use damic-text, or leave model.balance at 0 and model.sharpen at 1"
             )
+        counts = any({"gate_usage", "teacher"} & {*self.statistics_of(phase)} for phase in self.phases)
+        if self.settings.usage_floor and self.phases and not counts:
+            raise ValueError(
+                f"{where}: model.usage_floor is {self.settings.usage_floor}, and no phase counts how much of "
+                "the data each cluster has, so nothing would come of it; leave it at 0"
+            )
         if "unit_reconstruction" in self.terms and not self.settings.unit_codes:
             raise ValueError(
                 f"{where}: unit_reconstruction rebuilds rows from codes of length 1, and model.unit_codes is "

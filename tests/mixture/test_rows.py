@@ -250,6 +250,13 @@ def test_a_balance_that_nothing_would_use_is_refused() -> None:
         model_of("damic", balance=1.0).method.check_training(4)
 
 
+def test_a_floor_that_nothing_would_use_is_refused() -> None:
+    with pytest.raises(ValueError, match="usage_floor is 0.1, and no phase counts"):
+        model_of("damic-text", usage_floor=0.1).method.check_training(4)
+    for name in ("self-training", "dec", "damic-consolidated", "damic-sharp"):
+        model_of(name, usage_floor=0.1).method.check_training(4)
+
+
 def test_batch_norm_of_a_frozen_network_keeps_its_running_values() -> None:
     """The experts' phase must see the pseudo-labels that k-means made."""
     model = model_of("damic", norm="batch")
