@@ -26,13 +26,13 @@ class Kept:
     """What each section says of its size."""
     machines: frozenset[str] = frozenset()
 
-    def instead_of(self, line: Line, columns: int) -> str | None:
-        """The file's line of a row, where it has more seeds than are finished here."""
-        old = self.rows.get((line.section.title, _plain(line.row.label)))
-        if old is None or len(_cells_of(old)) != columns:
+    def instead_of(self, line: Line, columns: int, seeds: int) -> str | None:
+        """The file's line of a row, where it has more seeds than are finished here; `seeds` are asked."""
+        cells = _cells_of(self.rows.get((line.section.title, _plain(line.row.label)), ""))
+        if len(cells) != columns or int(cells[1].split()[0]) <= len(line.summaries):
             return None
-        seeds = int(_cells_of(old)[1].split()[0])
-        return old if seeds > len(line.summaries) else None
+        cells[1] = _of(int(cells[1].split()[0]), seeds)
+        return f"| {' | '.join(cells)} |"
 
 
 def read_kept(path: Path, name: str) -> Kept:
@@ -92,7 +92,9 @@ def markdown(asked: Asked, lines: Sequence[Line], kept: Kept | None = None) -> s
         if head or about:
             out += ["", (head + about).strip()]
         names = _columns(asked.table)
-        stays = {line.row.label: old for line in rows if (old := kept.instead_of(line, len(names)))}
+        stays = {
+            line.row.label: old for line in rows if (old := kept.instead_of(line, len(names), asked.seeds))
+        }
         from_here += [line for line in rows if line.row.label not in stays]
         out += ["", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
         out += [stays.get(line.row.label) or _row(asked, line) for line in rows]
@@ -160,10 +162,14 @@ def _measured(line: Line, protocol: str, seeds: int) -> list[str]:
     scores = [[s[name] for s in found if s[name] is not None] for name in SCORES]
     seconds = [s["seconds"]["train"] for s in found if "train" in s["seconds"]]
     return [
-        str(len(found)) if len(found) == seeds else f"{len(found)} of {seeds}",
+        _of(len(found), seeds),
         *(_mean(values) for values in scores),
         f"{statistics.median(seconds):.0f}" if seconds else "",
     ]
+
+
+def _of(found: int, seeds: int) -> str:
+    return str(found) if found == seeds else f"{found} of {seeds}"
 
 
 def _not_run(line: Line, protocol: str) -> str:

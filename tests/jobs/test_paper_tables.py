@@ -402,6 +402,9 @@ def test_rows_with_more_seeds_in_the_file_than_here_may_be_kept(tiny: Path, tmp_
     text = markdown(asked, [one, baseline], kept)
     assert text.splitlines()[:-1] == lines[:-1], "the failures of a row are not kept"
     assert text.splitlines()[-1].startswith("* 2 rows stand as they were measured before")
+    # of more seeds that are asked now
+    text = markdown(Asked(table, "paper", 5, "tiny"), [one, baseline], kept)
+    assert "| one | 2 of 5 | 0.560" in text and "| AE (l2) + k-means | 1 of 5 | 0.410" in text
     # as many seeds here: they are written, and the other row stands beside them
     one.summaries = {0: summary(0.7, 3.0, 0.45), 1: summary(0.7, 3.0, 0.61)}
     one.machines = {"2026-02-03 on 4 cores (x86_64), no GPU"}
