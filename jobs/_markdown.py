@@ -197,7 +197,8 @@ def _paired(asked: Asked, rows: Sequence[Line], stays: Mapping[str, str | None])
     by_label = {line.row.label: line for line in rows}
     for line in rows:
         if line.row.label in stays:
-            out += [old for old in [stays[line.row.label]] if old is not None]
+            if old := stays[line.row.label]:
+                out.append(old)
             continue
         name = line.row.paired_with or asked.table.paired_with
         if name is None or name == line.row.label or line.row.baseline_of is not None:

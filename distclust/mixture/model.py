@@ -339,8 +339,7 @@ class MixtureModel(nn.Module):
 
     @torch.no_grad()
     def pseudo_labels(self, x: Rows) -> Tensor:
-        """The k-means cluster (B,) of the rows' codes: DAMIC's pseudo-labels, from the frozen pretrained
-        encoder."""
+        """The k-means cluster (B,) of the rows' codes, by the frozen pretrained encoder (DAMIC)."""
         with self._normalised(None):
             return self._from_pseudo_centroids(x).argmin(1)
 
