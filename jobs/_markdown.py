@@ -10,10 +10,36 @@ from pathlib import Path
 
 from distclust.errors import ConfigError
 from jobs._cells import Line
-from jobs._tables import Section, Table
+from jobs._tables import Table
 
 SCORES = ("nmi_geometric", "nmi_arithmetic", "ari", "acc")
 PAIRED_SCORE = "nmi_arithmetic"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A table under a protocol with so many seeds."""
+
+    table: Table
+    protocol: str
+    seeds: int
+    given: str
+    """The table as the command was given it: its name, or a path."""
+
+    @property
+    def name(self) -> str:
+        """What its markers in a file are called."""
+        return f"{self.table.name} {self.protocol}"
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What a file has of a row."""
+
+    cells: list[str]
+    seeds: frozenset[int]
+    pair: list[str]
+    """The cells of its line of differences; empty where it has none."""
 
 
 @dataclass(slots=True)
@@ -26,13 +52,18 @@ class Kept:
     """What each section says of its size."""
     machines: frozenset[str] = frozenset()
 
-    def instead_of(self, line: Line, columns: int, seeds: int) -> str | None:
-        """The file's line of a row, where it has more seeds than are finished here; `seeds` are asked."""
-        cells = _cells_of(self.rows.get((line.section.title, _plain(line.row.label)), ""))
-        if len(cells) != columns or int(cells[1].split()[0]) <= len(line.summaries):
+    def before(self, asked: Asked, line: Line) -> Before | None:
+        """What there is of a row, where its columns are those of now."""
+        key = line.section.title, _plain(line.row.label)
+        cells = _cells_of(self.rows.get(key, ""))
+        if len(cells) != len(_columns(asked.table)):
             return None
-        cells[1] = _of(int(cells[1].split()[0]), seeds)
-        return f"| {' | '.join(cells)} |"
+        return Before(cells, _seeds_in(cells[1]), _cells_of(self.paired.get(key, "")))
+
+    def seeds(self, asked: Asked, line: Line) -> frozenset[int]:
+        """The seeds that need not be run, because others can be added to them."""
+        before = self.before(asked, line)
+        return frozenset() if before is None or asked.table.agreement else before.seeds
 
 
 def read_kept(path: Path, name: str) -> Kept:
@@ -62,28 +93,18 @@ def _cells_of(text: str) -> list[str]:
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", text)[1:-1]]
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A table under a protocol with so many seeds."""
-
-    table: Table
-    protocol: str
-    seeds: int
-    given: str
-    """The table as the command was given it: its name, or a path."""
-
-
 def markdown(asked: Asked, lines: Sequence[Line], kept: Kept | None = None) -> str:
     """The table with everything that is needed to read it.
 
     Args:
         asked: which.
         lines: its rows, with what is finished of them here.
-        kept: lines of an earlier table, which stand where they have more seeds.
+        kept: lines of an earlier table, whose seeds are counted where they are not here.
     """
     kept = kept or Kept()
     out: list[str] = [asked.table.words.strip()]
     from_here: list[Line] = []
+    n_kept = 0
     for section in asked.table.sections:
         rows = [line for line in lines if line.section is section]
         head = f"**{section.title}.** " if section.title else ""
@@ -92,25 +113,39 @@ def markdown(asked: Asked, lines: Sequence[Line], kept: Kept | None = None) -> s
         if head or about:
             out += ["", (head + about).strip()]
         names = _columns(asked.table)
-        stays = {
-            line.row.label: old for line in rows if (old := kept.instead_of(line, len(names), asked.seeds))
-        }
-        from_here += [line for line in rows if line.row.label not in stays]
+        used = {line.row.label: before for line in rows if (before := _needed(asked, kept, line))}
+        n_kept += len(used)
+        for line in rows:
+            before = used.get(line.row.label)
+            if before is None or _added(asked, before, line):
+                from_here.append(line)
         out += ["", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-        out += [stays.get(line.row.label) or _row(asked, line) for line in rows]
-        paired = _paired(asked, rows, {label: _old_pair(kept, section, label) for label in stays})
+        out += [_row(asked, line, used.get(line.row.label)) for line in rows]
+        paired = _paired(asked, rows, used)
         if paired:
             out += ["", *paired]
-    n_kept = len(lines) - len(from_here)
     notes = _notes(asked, from_here, kept.machines if n_kept else frozenset())
     if n_kept:
-        rows = "1 row stands as it was" if n_kept == 1 else f"{n_kept} rows stand as they were"
-        notes.append(f"* {rows} measured before, by runs that are not here any more (`--keep`).")
+        have = "1 row has" if n_kept == 1 else f"{n_kept} rows have"
+        notes.append(
+            f"* {have} seeds whose runs are not here any more (`--keep`); later seeds were added to their "
+            "three digits, and a median of seconds counts once for each of its seeds."
+        )
     return "\n".join([*out, "", *notes])
 
 
-def _old_pair(kept: Kept, section: Section, label: str) -> str | None:
-    return kept.paired.get((section.title, _plain(label)))
+def _needed(asked: Asked, kept: Kept, line: Line) -> Before | None:
+    """What the file has of a row, unless there are as many seeds without it."""
+    before = kept.before(asked, line)
+    if before is None:
+        return None
+    together = before.seeds.union(_added(asked, before, line))
+    return before if len(together) > len(line.summaries) else None
+
+
+def _added(asked: Asked, before: Before, line: Line) -> list[int]:
+    """The seeds of a row that are here and not in the file; none where seeds are compared with each other."""
+    return [] if asked.table.agreement else sorted(set(line.summaries) - before.seeds)
 
 
 def _documents(rows: Sequence[Line]) -> str:
@@ -132,9 +167,13 @@ def _columns(table: Table) -> list[str]:
     return names
 
 
-def _row(asked: Asked, line: Line) -> str:
+def _row(asked: Asked, line: Line, before: Before | None) -> str:
     table = asked.table
-    cells = [_plain(line.row.label), *_measured(line, asked.protocol, asked.seeds)]
+    if before is not None and not _added(asked, before, line):
+        cells = list(before.cells)
+        cells[1] = _of(before.seeds, asked.seeds)
+        return f"| {' | '.join(cells)} |"
+    cells = [_plain(line.row.label), *_measured(line, asked, before)]
     if table.agreement:
         cells += _agreed(line)
     if table.published_nmi is not None:
@@ -155,21 +194,33 @@ def _agreed(line: Line) -> list[str]:
     return [f"{line.agreement.mean:.3f}", f"{nearest:.3f}" if tells_apart else ""]
 
 
-def _measured(line: Line, protocol: str, seeds: int) -> list[str]:
-    found = [line.summaries[seed] for seed in sorted(line.summaries)]
-    if not found:
-        return ["0", _not_run(line, protocol), "", "", "", ""]
+def _measured(line: Line, asked: Asked, before: Before | None) -> list[str]:
+    if not line.summaries:
+        return ["0", _not_run(line, asked.protocol), "", "", "", ""]
+    old, seeds = [""] * 5, frozenset[int]()
+    if before is not None:
+        old, seeds = before.cells[2:7], before.seeds
+    found = [summary for seed, summary in sorted(line.summaries.items()) if seed not in seeds]
     scores = [[s[name] for s in found if s[name] is not None] for name in SCORES]
     seconds = [s["seconds"]["train"] for s in found if "train" in s["seconds"]]
+    seconds += [float(old[4])] * len(seeds) if old[4] else []
     return [
-        _of(len(found), seeds),
-        *(_mean(values) for values in scores),
+        _of(seeds.union(line.summaries), asked.seeds),
+        *(_mean(values, text, len(seeds)) for values, text in zip(scores, old, strict=False)),
         f"{statistics.median(seconds):.0f}" if seconds else "",
     ]
 
 
-def _of(found: int, seeds: int) -> str:
-    return str(found) if found == seeds else f"{found} of {seeds}"
+def _of(found: frozenset[int], asked: int) -> str:
+    """How many seeds; and which, where they are not the first."""
+    number = str(len(found)) if len(found) >= asked else f"{len(found)} of {asked}"
+    which = ", ".join(map(str, sorted(found)))
+    return number if found == set(range(len(found))) else f"{number} ({which})"
+
+
+def _seeds_in(text: str) -> frozenset[int]:
+    number, _, which = text.partition(" (")
+    return frozenset(map(int, which.rstrip(")").split(", ")) if which else range(int(number.split()[0])))
 
 
 def _not_run(line: Line, protocol: str) -> str:
@@ -183,44 +234,61 @@ def _not_run(line: Line, protocol: str) -> str:
     return "not run" if hours is None else f"not run (about {hours:g} h)"
 
 
-def _mean(values: Sequence[float]) -> str:
-    if not values:
+def _mean(values: Sequence[float], old: str = "", n_old: int = 0) -> str:
+    """Mean ± population standard deviation of values, and of `n_old` others of which `old` says the same."""
+    figures = re.fullmatch(r"(-?[\d.]+)(?: ± ([\d.]+))?", old)
+    if figures is None:
+        n_old = 0
+    if not values and not n_old:
         return "no labels"
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
+    mean, spread = (float(figures[1]), float(figures[2] or 0)) if figures else (0.0, 0.0)
+    n = n_old + len(values)
+    centre = (n_old * mean + sum(values)) / n
+    if n == 1:
+        return f"{centre:.3f}"
+    squares = n_old * (spread**2 + (mean - centre) ** 2) + sum((value - centre) ** 2 for value in values)
+    return f"{centre:.3f} ± {(squares / n) ** 0.5:.3f}"
 
 
-def _paired(asked: Asked, rows: Sequence[Line], stays: Mapping[str, str | None]) -> list[str]:
+def _paired(asked: Asked, rows: Sequence[Line], used: Mapping[str, Before]) -> list[str]:
     """Each row's NMI less that of its reference on the same seed: the same autoencoder where there is one."""
     out = []
     by_label = {line.row.label: line for line in rows}
     for line in rows:
-        if line.row.label in stays:
-            if old := stays[line.row.label]:
-                out.append(old)
-            continue
-        name = line.row.paired_with or asked.table.paired_with
-        if name is None or name == line.row.label or line.row.baseline_of is not None:
-            continue
-        own, other = True, by_label.get(name)
-        gains = []
-        for seed in range(asked.seeds):
-            summary = line.summaries.get(seed)
-            if summary is None:
+        before = used.get(line.row.label)
+        seeds = sorted(line.summaries) if before is None else _added(asked, before, line)
+        whose, gains = _gains(line, seeds, line.row.paired_with or asked.table.paired_with, by_label)
+        if before is not None and before.pair:
+            if not gains:
+                out.append(f"| {' | '.join(before.pair)} |")
                 continue
-            reference = summary.get("baselines", {}).get(name)
-            if reference is None and other is not None:
-                own, reference = False, other.summaries.get(seed)
-            if reference is not None:
-                gains.append(summary[PAIRED_SCORE] - reference[PAIRED_SCORE])
+            old = zip(sorted(before.seeds), map(float, before.pair[2].split()), strict=False)
+            gains = dict(sorted({**dict(old), **gains}.items()))
         if gains:
-            whose = f"{_plain(name)}{', of its own network' if own else ''}"
-            each = " ".join(f"{gain:+.3f}" for gain in gains)
-            out.append(f"| {_plain(line.row.label)} | {whose} | {each} | {statistics.mean(gains):+.3f} |")
+            each = " ".join(f"{gain:+.3f}" for gain in gains.values())
+            mean = f"{statistics.mean(gains.values()):+.3f}"
+            out.append(f"| {_plain(line.row.label)} | {whose} | {each} | {mean} |")
     if not out:
         return []
     return ["| method | less, in NMI (arithmetic) | per seed | mean |", "|---|---|---|---|", *out]
+
+
+def _gains(
+    line: Line, seeds: Sequence[int], name: str | None, by_label: Mapping[str, Line]
+) -> tuple[str, dict[int, float]]:
+    """The reference in words, and the difference to it by seed."""
+    gains: dict[int, float] = {}
+    if name is None or name == line.row.label or line.row.baseline_of is not None:
+        return "", gains
+    own, other = True, by_label.get(name)
+    for seed in seeds:
+        summary = line.summaries[seed]
+        reference = summary.get("baselines", {}).get(name)
+        if reference is None and other is not None:
+            own, reference = False, other.summaries.get(seed)
+        if reference is not None:
+            gains[seed] = summary[PAIRED_SCORE] - reference[PAIRED_SCORE]
+    return f"{_plain(name)}{', of its own network' if own else ''}", gains
 
 
 def _notes(asked: Asked, lines: Sequence[Line], others: frozenset[str]) -> list[str]:

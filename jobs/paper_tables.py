@@ -4,7 +4,8 @@ A table is a YAML file of `jobs/tables/`. Each cell (a row, a protocol, a seed) 
 `--runs` and in MLflow, one Ray task with one thread. A cell that is finished is never run again, one that
 failed is named with its reason and tried again when the command is given again, and the others go on. The
 documents of a table are prepared once for each way of preparing them. `--no-run` only writes what is there;
-`--keep` leaves rows as the file has them whose runs are on another machine, or gone.
+With `--keep` the seeds that a row of the file has, and whose runs are on another machine or gone, are not run
+again: later seeds are added to them.
 What was tried beside a table is a table too, `trials/NAME`, which `all` leaves out.
 """
 
@@ -40,7 +41,7 @@ from jobs._cells import (
     read_cell,
     read_cells,
 )
-from jobs._markdown import Asked, check_markers, markdown, read_kept, write_between
+from jobs._markdown import Asked, Kept, check_markers, markdown, read_kept, write_between
 from jobs._tables import PROTOCOLS, Table, load_table, table_names, trial_names
 
 # ---- run
@@ -217,9 +218,9 @@ def _say(text: str) -> None:
 # ---- the command
 
 
-def listing(table: Table, protocol: str, lines: Sequence[Line]) -> list[str]:
+def listing(asked: Asked, lines: Sequence[Line], kept: Kept) -> list[str]:
     """What `--list` prints of a table."""
-    out = [f"{table.name}: {table.title} ({protocol})"]
+    out = [f"{asked.table.name}: {asked.table.title} ({asked.protocol})"]
     for line in lines:
         if line.row.baseline_of is not None:
             state = f"comes with {line.row.baseline_of.row}"
@@ -227,8 +228,10 @@ def listing(table: Table, protocol: str, lines: Sequence[Line]) -> list[str]:
             state = line.missing
         else:
             failed = f", {len(line.failures)} failed" if line.failures else ""
-            hours = line.row.hours.get(protocol)
+            hours = line.row.hours.get(asked.protocol)
+            there = kept.before(asked, line)
             state = f"{len(line.summaries)} of {len(line.cells)} finished{failed}"
+            state += "" if there is None else f", {len(there.seeds)} in the file"
             state += "" if hours is None else f", about {hours:g} h a seed"
         title = f"{line.section.title}: " if line.section.title else ""
         out.append(f"  {title}{line.row.label} [{line.row.method or 'baseline'}]: {state}")
@@ -238,29 +241,34 @@ def listing(table: Table, protocol: str, lines: Sequence[Line]) -> list[str]:
 def make(table: Table, options: argparse.Namespace) -> bool:
     """Run and write one table; whether every row asked for is right and none of its cells failed."""
     seeds = options.seeds or table.seeds
+    given = table.name if options.table == "all" else options.table
+    given = Path(given).name if Path(given).is_absolute() else given  # folders of this machine mean nothing
+    asked = Asked(table, options.protocol, seeds, given)
     lines = plan(table, options.protocol, seeds, Path(options.runs).absolute())
     read_cells(lines)
+    kept = _kept(asked, options)
     if options.list:
-        sys.stdout.write("\n".join(listing(table, options.protocol, lines)) + "\n")
+        sys.stdout.write("\n".join(listing(asked, lines, kept)) + "\n")
         return not any(line.wrong for line in lines)
     wanted = [line for line in lines if not options.only or line.row.label in options.only]
     for line in wanted:
         if line.missing is not None:
             _say(f"{table.name}, {line.row.label}: not run: {line.missing}")
-    failed = {} if options.no_run else run_cells([cell for line in wanted for cell in line.cells])
+    to_run = [c for line in wanted for c in line.cells if c.seed not in kept.seeds(asked, line)]
+    failed = {} if options.no_run else run_cells(to_run)
     read_cells(lines)
     if table.agreement:
         _compare_seeds(lines)
-    given = table.name if options.table == "all" else options.table
-    given = Path(given).name if Path(given).is_absolute() else given  # folders of this machine mean nothing
-    name = f"{table.name} {options.protocol}"
-    kept = read_kept(Path(options.out), name) if options.keep else None
-    text = markdown(Asked(table, options.protocol, seeds, given), lines, kept)
+    text = markdown(asked, lines, _kept(asked, options))  # read again: it took hours
     if options.out is None:
         sys.stdout.write(text + "\n")
     else:
-        write_between(Path(options.out), name, text, f"{table.title} ({options.protocol})")
+        write_between(Path(options.out), asked.name, text, f"{table.title} ({options.protocol})")
     return not failed and not any(line.wrong for line in wanted)
+
+
+def _kept(asked: Asked, options: argparse.Namespace) -> Kept:
+    return read_kept(Path(options.out), asked.name) if options.keep else Kept()
 
 
 def _compare_seeds(lines: Sequence[Line]) -> None:
@@ -311,7 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--list", action="store_true", help="check the tables and say what is finished")
     parser.add_argument(
-        "--keep", action="store_true", help="rows that have more seeds in --out than here stand as they are"
+        "--keep",
+        action="store_true",
+        help="seeds that a row of --out has are not run; others are added",
     )
     parser.add_argument("--no-run", action="store_true", help="only write what is finished")
     options = parser.parse_args(arguments)

@@ -227,10 +227,11 @@ def test_rows_may_be_singular_directions_of_the_documents(tiny: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_the_command_runs_rows_and_seeds_as_tasks_and_goes_on_after_a_failure(
-    tiny: Path, tmp_path: Path
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed(tiny, "  tracking: {enabled: false}\n", "")
-    broken = "- {label: broken, method: damic-text, recipe: {clusters: 299, source: {limit: 200}}}"
+    recipe = "{clusters: 299, source: {limit: 200}, initialise: {sample: 14950}}"
+    broken = f"- {{label: broken, method: damic-text, recipe: {recipe}}}"
     path = changed(tiny, "  - {label: one", f"  {broken}\n  - {{label: one")
     runs, out = tmp_path / "runs", tmp_path / "results.md"
     asked = [path, "--runs", str(runs), "--out", str(out)]
@@ -251,6 +252,17 @@ def test_the_command_runs_rows_and_seeds_as_tasks_and_goes_on_after_a_failure(
 
     assert main([*asked, "--only", "one"]) == 0
     assert out.read_text() == text
+    # a seed that the file has is not run again, wherever its run is
+    gone = runs / "tiny" / "cpu-one-0"
+    gone.rename(tmp_path / "gone")
+    capsys.readouterr()
+    assert main([*asked, "--only", "one", "--keep", "--list"]) == 0
+    assert "one [damic-text]: 1 of 2 finished, 2 in the file" in capsys.readouterr().out
+    assert main([*asked, "--only", "one", "--keep"]) == 0
+    assert not gone.exists()
+    rows = {line for line in text.splitlines() if line.startswith("| one |")}
+    assert len(rows) == 2 and rows <= set(out.read_text().splitlines())
+    (tmp_path / "gone").rename(gone)
     assert main(asked) == 1
     assert stamps(runs / "tiny" / "cpu-one-0") | stamps(runs / "tiny" / "cpu-one-1") == before
 
@@ -401,7 +413,7 @@ def test_rows_with_more_seeds_in_the_file_than_here_may_be_kept(tiny: Path, tmp_
     # nothing is here: all stands, and the notes that go with it
     text = markdown(asked, [one, baseline], kept)
     assert text.splitlines()[:-1] == lines[:-1], "the failures of a row are not kept"
-    assert text.splitlines()[-1].startswith("* 2 rows stand as they were measured before")
+    assert text.splitlines()[-1].startswith("* 2 rows have seeds whose runs are not here any more")
     # of more seeds that are asked now
     text = markdown(Asked(table, "paper", 5, "tiny"), [one, baseline], kept)
     assert "| one | 2 of 5 | 0.560" in text and "| AE (l2) + k-means | 1 of 5 | 0.410" in text
@@ -412,11 +424,53 @@ def test_rows_with_more_seeds_in_the_file_than_here_may_be_kept(tiny: Path, tmp_
     assert "| one | 2 | 0.710 ± 0.000 |" in text and "+0.250 +0.090" in text and "+0.050 -0.010" not in text
     assert "| AE (l2) + k-means | 1 of 2 | 0.410 |" in text
     assert "measured 2026-01-02 on 2 cores (x86_64), no GPU; 2026-02-03 on 4 cores" in text
-    assert text.splitlines()[-1].startswith("* 1 row stands as it was")
+    assert text.splitlines()[-1].startswith("* 1 row has seeds whose runs")
     # a file without the table, or none, keeps nothing
     for name, path in (("tiny cpu", out), ("tiny paper", tmp_path / "none.md")):
         assert read_kept(path, name).rows == {}
     assert markdown(asked, [one, baseline], read_kept(out, "tiny cpu")) == markdown(asked, [one, baseline])
+
+
+def test_later_seeds_are_added_to_those_of_the_file(tiny: Path, tmp_path: Path) -> None:
+    table, out = load_table(str(tiny)), tmp_path / "results.md"
+    write_between(out, "tiny paper", written(table, "paper", tmp_path), "Tiny")
+    asked = Asked(table, "paper", 4, "tiny")
+    one, baseline = plan(table, "paper", 4, tmp_path)
+    kept = read_kept(out, "tiny paper")
+    assert kept.seeds(asked, one) == {0, 1} and kept.seeds(asked, baseline) == {0}
+    # of the file 0 and 1 (NMI .5 and .6), of here 3; its seed 1 is not counted twice
+    one.summaries = {1: summary(0.9, 3.0, 0.1), 3: summary(0.7, 90.0, 0.45)}
+    one.machines = {"2026-02-03 on 4 cores (x86_64), no GPU"}
+    baseline.summaries = {1: {**summary(0.6, 0.0), "seconds": {}}}
+    text = markdown(asked, [one, baseline], kept)
+    nmi = np.array([0.5, 0.6, 0.7])
+    mean, spread = f"{nmi.mean():.3f}", f"{nmi.std():.3f}"
+    assert (
+        f"| one | 3 of 4 (0, 1, 3) | {nmi.mean() + 0.01:.3f} ± {spread} | {mean} ± {spread} | 0.300 ± 0.041 |"
+        in text
+    )
+    assert "| 0.700 ± 0.082 | 15 | 0.50 |  | 0.60 |" in text, "15, 15 and 90 seconds"
+    assert "| AE (l2) + k-means | 2 of 4 | 0.510 ± 0.100 | 0.500 ± 0.100 |" in text
+    assert "| +0.050 -0.010 +0.250 | +0.097 |" in text and "1 of 4" not in text
+    assert "2026-01-02 on 2 cores (x86_64), no GPU; 2026-02-03 on 4 cores" in text
+    # what was written is read back with its seeds, and nothing is added to it that it has
+    write_between(out, "tiny paper", text, "Tiny")
+    kept = read_kept(out, "tiny paper")
+    assert kept.seeds(asked, one) == {0, 1, 3} and kept.seeds(asked, baseline) == {0, 1}
+    assert markdown(asked, [one, baseline], kept).splitlines()[:-4] == text.splitlines()[:-4]
+    one.summaries[2] = summary(0.8, 30.0, 0.45)
+    text = markdown(asked, [one, baseline], kept)
+    assert "| one | 4 | 0.660 ± 0.112 |" in text and "+0.050 -0.010 +0.350 +0.250 |" in text
+    # where seeds are compared with each other they all have to be here
+    changed(tiny, "rows:", "agreement: true\nrows:")
+    asked = Asked(load_table(str(tiny)), "paper", 4, "tiny")
+    lines = plan(asked.table, "paper", 4, tmp_path)
+    lines[0].summaries = {0: summary(0.5, 10.0), 1: summary(0.6, 20.0)}
+    write_between(out, "tiny paper", markdown(asked, lines), "Tiny")
+    kept = read_kept(out, "tiny paper")
+    lines[0].summaries = {3: summary(0.7, 90.0)}
+    assert kept.seeds(asked, lines[0]) == frozenset()
+    assert "| one | 2 of 4 | 0.560 ± 0.050 |" in markdown(asked, lines, kept)
 
 
 def test_what_keeps_rows_says_from_where(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
