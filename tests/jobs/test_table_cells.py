@@ -138,7 +138,7 @@ def test_a_damaged_file_concerns_its_own_cell_only(
     assert "one [k-means]: 1 of 2 finished, 1 failed" in capsys.readouterr().out
     assert main(asked) == 1
     shown = capsys.readouterr()
-    assert "| one | 1 of 2 | 0." in shown.out
+    assert "| one | 1 of 2 (1) | 0." in shown.out
     assert "* one, seed 0: " in shown.out and remedy in shown.err
 
 
