@@ -53,7 +53,11 @@ class Kept:
     machines: frozenset[str] = frozenset()
 
     def before(self, asked: Asked, line: Line) -> Before | None:
-        """What there is of a row, where its columns are those of now."""
+        """What there is of a row, where its columns are those of now.
+
+        Raises:
+            ConfigError: which seeds it has cannot be read.
+        """
         key = line.section.title, _plain(line.row.label)
         cells = _cells_of(self.rows.get(key, ""))
         if len(cells) != len(_columns(asked.table)):
@@ -206,7 +210,7 @@ def _measured(line: Line, asked: Asked, before: Before | None) -> list[str]:
     seconds += [float(old[4])] * len(seeds) if old[4] else []
     return [
         _of(seeds.union(line.summaries), asked.seeds),
-        *(_mean(values, text, len(seeds)) for values, text in zip(scores, old, strict=False)),
+        *(_mean(values, text, len(seeds)) for values, text in zip(scores, old[:4], strict=True)),
         f"{statistics.median(seconds):.0f}" if seconds else "",
     ]
 
@@ -219,8 +223,14 @@ def _of(found: frozenset[int], asked: int) -> str:
 
 
 def _seeds_in(text: str) -> frozenset[int]:
-    number, _, which = text.partition(" (")
-    return frozenset(map(int, which.rstrip(")").split(", ")) if which else range(int(number.split()[0])))
+    """What `_of` wrote."""
+    found = re.fullmatch(r"(\d+)(?: of \d+)?(?: \(([\d, ]+)\))?", text)
+    if found is None:
+        raise ConfigError(
+            f"a row of the file has {text!r} as its seeds; expected '5', '2 of 5' or '2 of 5 (0, 3)': mend "
+            "the file, or leave out --keep"
+        )
+    return frozenset(map(int, found[2].split(", ")) if found[2] else range(int(found[1])))
 
 
 def _not_run(line: Line, protocol: str) -> str:
@@ -262,6 +272,7 @@ def _paired(asked: Asked, rows: Sequence[Line], used: Mapping[str, Before]) -> l
             if not gains:
                 out.append(f"| {' | '.join(before.pair)} |")
                 continue
+            # where there are fewer differences than seeds their order is known, and their seeds are not
             old = zip(sorted(before.seeds), map(float, before.pair[2].split()), strict=False)
             gains = dict(sorted({**dict(old), **gains}.items()))
         if gains:

@@ -3,7 +3,7 @@
 A table is a YAML file of `jobs/tables/`. Each cell (a row, a protocol, a seed) is a run of its own below
 `--runs` and in MLflow, one Ray task with one thread. A cell that is finished is never run again, one that
 failed is named with its reason and tried again when the command is given again, and the others go on. The
-documents of a table are prepared once for each way of preparing them. `--no-run` only writes what is there;
+documents of a table are prepared once for each way of preparing them. `--no-run` only writes what is there.
 With `--keep` the seeds that a row of the file has, and whose runs are on another machine or gone, are not run
 again: later seeds are added to them.
 What was tried beside a table is a table too, `trials/NAME`, which `all` leaves out.
@@ -319,9 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--list", action="store_true", help="check the tables and say what is finished")
     parser.add_argument(
-        "--keep",
-        action="store_true",
-        help="seeds that a row of --out has are not run; others are added",
+        "--keep", action="store_true", help="seeds that a row of --out has are not run; others are added"
     )
     parser.add_argument("--no-run", action="store_true", help="only write what is finished")
     options = parser.parse_args(arguments)

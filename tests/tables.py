@@ -1,8 +1,12 @@
-"""A table that runs in seconds, and a way to write it otherwise."""
+"""A table that runs in seconds, and ways to write it otherwise and to run its cells."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from distclust.config import to_dict
+from jobs._cells import Line
+from jobs.paper_tables import run_cell
 
 TINY = """
 title: A small table
@@ -35,3 +39,11 @@ def changed(path: Path, old: str, new: str) -> str:
     assert old in text
     path.write_text(text.replace(old, new))
     return str(path)
+
+
+def run_all(lines: list[Line]) -> dict[tuple[str, int], str | None]:
+    return {
+        (line.row.label, cell.seed): run_cell(to_dict(cell.config), str(cell.folder), str(cell.corpus))
+        for line in lines
+        for cell in line.cells
+    }
