@@ -132,8 +132,8 @@ def markdown(asked: Asked, lines: Sequence[Line], kept: Kept | None = None) -> s
     if n_kept:
         have = "1 row has" if n_kept == 1 else f"{n_kept} rows have"
         notes.append(
-            f"* {have} seeds whose runs are not here any more (`--keep`); later seeds were added to their "
-            "three digits, and a median of seconds counts once for each of its seeds."
+            f"* {have} seeds whose runs are not here any more (`--keep`); later seeds, if any, were added to "
+            "their three digits, where a median of seconds counts once for each of its seeds."
         )
     return "\n".join([*out, "", *notes])
 
